@@ -1,0 +1,32 @@
+"""fewbit: large language models in few bits, on the machine you own."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from fewbit.errors import FewbitError
+
+if TYPE_CHECKING:
+    from fewbit.evaluator import evaluate
+    from fewbit.qtensor import QTensor
+    from fewbit.quantizer import quantize
+    from fewbit.runtime.engine import load
+
+__all__ = ["FewbitError", "QTensor", "__version__", "evaluate", "load", "quantize"]
+
+# public names are imported at first use: `import fewbit` must not cost the seconds that torch does
+_HOMES = {
+    "evaluate": "fewbit.evaluator",
+    "QTensor": "fewbit.qtensor",
+    "quantize": "fewbit.quantizer",
+    "load": "fewbit.runtime.engine",
+}
+__version__ = version("fewbit")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'fewbit' has no attribute {name!r}")

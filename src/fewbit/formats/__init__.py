@@ -1,0 +1,127 @@
+"""What the bits mean and where they lie.
+
+A format owns bits and knows no method: it fits parameters to weights, rounds weights to codes, gives codes their
+value back, and packs both into the parts of a QTensor. Each module of this package has `parse(spec) -> Format | None`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import FewbitError
+from fewbit.lookup import names
+from fewbit.qtensor import QTensor
+
+Params = dict[str, Tensor]
+Shape = tuple[int, ...]
+# part name -> (dtype, shape)
+Layout = dict[str, tuple[torch.dtype, Shape]]
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A matrix as `scale * code + offset` per group of `span` columns: what integer kernels multiply by.
+
+    codes   uint8 [out, in]
+    scale   bf16, f16 or f32 [out, groups], groups = ceil(in / span); the last group may be ragged
+    zero    the code of value 0 where it is one constant for the whole matrix (then offset = -scale * zero), else None
+    offset  float32 [out, groups] where `zero` is None
+    span    columns that share a scale
+    bits    codes are below 2**bits
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: int | None
+    offset: Tensor | None
+    span: int
+    bits: int
+
+
+class Format(ABC):
+    """One way to store a matrix in few bits. Instances are immutable and cheap."""
+
+    spec: str
+    # rows and columns that must be rounded jointly: (1, 1) for integers, (16, 16) for a trellis
+    step: tuple[int, int] = (1, 1)
+
+    @abstractmethod
+    def accepts(self, shape: Shape) -> str | None:
+        """None where a tensor of this shape can be stored, otherwise the reason in words."""
+
+    @abstractmethod
+    def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
+        """Names, dtypes and shapes of the parts of a tensor of this shape; `dtype` is the scales' dtype."""
+
+    @abstractmethod
+    def unpack(self, q: QTensor) -> tuple[Tensor, Params]:
+        """Codes and parameters as `value` takes them."""
+
+    @abstractmethod
+    def value(self, codes: Tensor, params: Params) -> Tensor:
+        """The weights the codes stand for, float32 [out, in]."""
+
+    @abstractmethod
+    def take(self, q: QTensor, rows: Tensor) -> QTensor:
+        """The tensor made of the given rows (int64 indices) in that order, still quantized."""
+
+    def fit(
+        self, w: Tensor, importance: Tensor | None = None, dtype: torch.dtype = torch.float32, search: bool = True
+    ) -> Params:
+        """Parameters for `w` (float32 [out, in]), already rounded to the dtype they are stored in.
+
+        `importance` (float32 [in] or [out, in], not negative) weighs each squared error; `search=False` gives the
+        textbook min/max map.
+        """
+        raise FewbitError(
+            f"fewbit reads {self.spec} and does not write it.",
+            f"{self.spec} has no rounding here.",
+            "Quantize to an integer format such as int4g64.",
+        )
+
+    def round(self, w: Tensor, params: Params) -> Tensor:
+        """The nearest code of each weight under `params`."""
+        raise NotImplementedError(f"{self.spec} is read-only")
+
+    def pack(self, codes: Tensor, params: Params) -> QTensor:
+        """Codes and parameters as stored parts; the inverse of `unpack`."""
+        raise NotImplementedError(f"{self.spec} is read-only")
+
+    def affine(self, q: QTensor) -> Affine | None:
+        """The tensor as scale, code and offset, where the format is that simple; None otherwise."""
+        return None
+
+    def dequantize(self, q: QTensor) -> Tensor:
+        """float32 weights of the logical shape."""
+        return self.value(*self.unpack(q)).reshape(q.shape)
+
+    def nbytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        """Stored bytes of a tensor of this shape: the planner's and the writer's one arithmetic."""
+        total = 0
+        for part_dtype, part_shape in self.layout(shape, dtype).values():
+            count = 1
+            for n in part_shape:
+                count *= n
+            total += count * part_dtype.itemsize
+        return total
+
+
+@lru_cache(maxsize=256)
+def parse(spec: str) -> Format:
+    """The format a spec string names, such as `int4g64`, `int8`, `int4g32a`, `gguf:q4_1`, `bf16`."""
+    for name in names(__name__):
+        found: Format | None = importlib.import_module(f"{__name__}.{name}").parse(spec)
+        if found is not None:
+            return found
+    raise FewbitError(
+        f"{spec!r} is not a format.",
+        "Formats: intN or intNgM or intNgMa with N from 2 to 8 bits and M columns a group (a: asymmetric); "
+        "f32, f16, bf16; gguf:q4_0, gguf:q4_1, gguf:q8_0 (read only).",
+        "Try int8, int4g64, int4g32 or int4g64a.",
+    )
