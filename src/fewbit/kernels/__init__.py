@@ -5,12 +5,16 @@ Each module of this package (but `ops`) has `backend() -> Backend | None`: None 
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fewbit.kernels.ops import Ops
+from fewbit.lookup import names
 from fewbit.qtensor import QTensor
 
 
@@ -34,6 +38,10 @@ class Backend(ABC):
     """Multiplies activations by stored weights on one kind of device."""
 
     name: str
+    # backends are tried from the highest to the lowest; the reference, which refuses nothing, has 0
+    priority: int = 0
+    # operations around the products; a backend with faster ones overrides them
+    ops: Ops = Ops()
 
     @abstractmethod
     def refuses(self, q: QTensor) -> str | None:
@@ -50,3 +58,21 @@ class Backend(ABC):
     @abstractmethod
     def rows(self, packed: Packed, ids: Tensor) -> Tensor:
         """Rows `ids` (int64 [T]) as float32 [T, in]: a quantized embedding."""
+
+    def set_threads(self, count: int) -> None:
+        """Threads the backend's own code may use; torch's are set apart."""
+        return
+
+
+def available(exact: bool = False) -> list[Backend]:
+    """The backends of this machine, the preferred one first; with `exact` only the reference."""
+    found = [importlib.import_module(f"{__name__}.{name}").backend() for name in names(__name__) if name != "ops"]
+    usable = sorted((b for b in found if b is not None), key=lambda b: -b.priority)
+    return [b for b in usable if b.name == "reference"] if exact else usable
+
+
+def set_threads(count: int) -> None:
+    """CPU threads of torch and of every backend."""
+    torch.set_num_threads(count)
+    for backend in available():
+        backend.set_threads(count)

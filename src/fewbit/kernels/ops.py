@@ -102,4 +102,5 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _gather(cache: Tensor, pages: Tensor, page_size: int, length: int) -> Tensor:
     """The first `length` rows of a sequence [length, KV, D]."""
-    return cache.unflatten(0, (-1, page_size))[pages].flatten(0, 1)[:length]
+    found: Tensor = cache.unflatten(0, (-1, page_size))[pages].flatten(0, 1)[:length]
+    return found

@@ -1,0 +1,105 @@
+// The product of packed weights and int8 activations, included by each ISA file after its `Isa`.
+//
+// `Isa` computes `lanes` rows at once and provides:
+//   Floats, Sum, Codes<Bits>     vectors of floats, of integer sums, of one quad (4 columns) of codes for each row
+//   load<Bits>(block, part, pair, a, b)   quads 2 * pair and 2 * pair + 1 of rows part * lanes ..
+//   begin<Bits>(start), dot(sum, codes, x), finish<Bits>(sum, start)
+// Every output sees the same sequence of operations whatever the tile's width, so results do not depend on the batch.
+
+namespace fewbit {
+namespace {
+
+template <int Bits, int T>
+void product_rows(const BlockView &w, const TileView &x, int64_t row_block, int part, float (&out)[T][Isa::lanes]) {
+    constexpr int kBytes = kRows * kColumns * Bits / 8;
+    using Floats = Isa::Floats;
+    const uint8_t *codes = w.codes + row_block * w.column_blocks * kBytes;
+    const int64_t first_scale = row_block * w.groups * kRows + part * Isa::lanes;
+    const int8_t *xq = x.codes;
+    const float *xscale = x.scale;
+    const int32_t *start = x.start;
+    Floats y[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) y[t] = Isa::zero();
+    int64_t block = 0;
+    for (int64_t g = 0; g < w.groups; ++g) {
+        const int64_t end = block + w.blocks_per_group < w.column_blocks ? block + w.blocks_per_group : w.column_blocks;
+        Floats sum[T];
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) sum[t] = Isa::zero();
+        for (; block < end; ++block) {
+            typename Isa::Sum acc[T];
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) acc[t] = Isa::template begin<Bits>(start[t]);
+#pragma GCC unroll 4
+            for (int pair = 0; pair < kColumns / 8; ++pair) {
+                typename Isa::template Codes<Bits> a, b;
+                Isa::load(codes, part, pair, a, b);
+#pragma GCC unroll 8
+                for (int t = 0; t < T; ++t) acc[t] = Isa::dot(acc[t], a, xq + t * kColumns + pair * 8);
+#pragma GCC unroll 8
+                for (int t = 0; t < T; ++t) acc[t] = Isa::dot(acc[t], b, xq + t * kColumns + pair * 8 + 4);
+            }
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                sum[t] = Isa::multiply_add(Isa::template finish<Bits>(acc[t], start[t]), Isa::splat(xscale[t]), sum[t]);
+            }
+            codes += kBytes;
+            xq += T * kColumns;
+            xscale += T;
+            start += T;
+        }
+        const Floats scale = Isa::load_scales(w.scales, first_scale + g * kRows, w.scale_type);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) y[t] = Isa::multiply_add(sum[t], scale, y[t]);
+        if (w.offsets) {
+            const Floats offset = Isa::load(w.offsets + first_scale + g * kRows);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) y[t] = Isa::multiply_add(offset, Isa::splat(x.group_sums[g * T + t]), y[t]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) Isa::store(out[t], y[t]);
+}
+
+template <int Bits, int T>
+void product_tile(const BlockView &w, const TileView &x, int64_t begin, int64_t end, float *y, int64_t y_stride) {
+    for (int64_t row_block = begin; row_block < end; ++row_block) {
+        for (int part = 0; part < kRows / Isa::lanes; ++part) {
+            const int64_t row = row_block * kRows + part * Isa::lanes;
+            const int64_t left = w.rows - row;
+            if (left <= 0) break;
+            const int64_t count = left < Isa::lanes ? left : Isa::lanes;
+            alignas(64) float out[T][Isa::lanes];
+            product_rows<Bits, T>(w, x, row_block, part, out);
+            for (int t = 0; t < T; ++t) {
+                memcpy(y + t * y_stride + row, out[t], static_cast<size_t>(count) * sizeof(float));
+            }
+        }
+    }
+}
+
+template <int Bits>
+void product_bits(const BlockView &w, const TileView &x, int64_t begin, int64_t end, float *y, int64_t y_stride) {
+    switch (x.width) {
+        case 1: return product_tile<Bits, 1>(w, x, begin, end, y, y_stride);
+        case 2: return product_tile<Bits, 2>(w, x, begin, end, y, y_stride);
+        case 3: return product_tile<Bits, 3>(w, x, begin, end, y, y_stride);
+        case 4: return product_tile<Bits, 4>(w, x, begin, end, y, y_stride);
+        case 5: return product_tile<Bits, 5>(w, x, begin, end, y, y_stride);
+        case 6: return product_tile<Bits, 6>(w, x, begin, end, y, y_stride);
+        case 7: return product_tile<Bits, 7>(w, x, begin, end, y, y_stride);
+        default: return product_tile<Bits, 8>(w, x, begin, end, y, y_stride);
+    }
+}
+
+void product(const BlockView &w, const TileView &x, int64_t begin, int64_t end, float *y, int64_t y_stride) {
+    if (w.code_bits == 4) {
+        product_bits<4>(w, x, begin, end, y, y_stride);
+    } else {
+        product_bits<8>(w, x, begin, end, y, y_stride);
+    }
+}
+
+}  // namespace
+}  // namespace fewbit

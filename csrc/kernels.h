@@ -1,0 +1,90 @@
+// The plain data that crosses from the drivers to the per-ISA kernels, and the table of those kernels.
+//
+// The ISA files are compiled with wider instruction sets than the rest of the extension. A standard-library inline
+// function instantiated there could be merged by the linker with the same function elsewhere and then run on a CPU
+// without those instructions, so this header and everything the ISA files include stay free of the C++ library.
+#pragma once
+
+#include <stdint.h>
+
+namespace fewbit {
+
+// A block of packed weights is 16 rows by 32 columns.
+inline constexpr int kRows = 16;
+inline constexpr int kColumns = 32;
+// Tokens whose activations lie side by side and share one unpacking of the weights.
+inline constexpr int kTile = 8;
+// New tokens of a sequence that the paged attention takes; cached rows that one of its tasks reads.
+inline constexpr int kMaxFresh = 16;
+inline constexpr int kChunk = 256;
+
+enum class Scalar : int { f32 = 0, f16 = 1, bf16 = 2 };
+
+// Rows that share code width, span, scale type and kind of zero. Layouts, with B = ceil(columns / 32):
+//   codes    [row_blocks][B][bytes]  quad q (columns 4q..4q+3) of row r lies at bytes 4r..4r+3 of a 64-byte line;
+//            8 bits: line q; 4 bits: line q / 2, even q in the low nibbles
+//   scales   [row_blocks][groups][16]
+//   offsets  [row_blocks][groups][16], null where `zero` is a constant
+struct BlockView {
+    const uint8_t *codes;
+    const void *scales;
+    const float *offsets;
+    int64_t rows;
+    int64_t columns;
+    int64_t column_blocks;
+    int64_t groups;
+    int64_t blocks_per_group;
+    int code_bits;
+    Scalar scale_type;
+    int32_t zero;
+};
+
+// Activations of one tile of up to kTile tokens ("width"), interleaved so that one pointer walks through them:
+//   codes [B][width][32] int8, scale [B][width], start [B][width] (what the integer sum starts from),
+//   group_sums [groups][width]: sum of the rounded activations over each weight group (null without offsets)
+struct TileView {
+    const int8_t *codes;
+    const float *scale;
+    const int32_t *start;
+    const float *group_sums;
+    int width;
+};
+
+// One task of paged attention: `fresh` new tokens of a sequence, one key-value head, cached rows [begin, end).
+struct AttendTask {
+    const float *q;        // first new token, first query head of this key-value head
+    int64_t q_stride;      // floats from a token's heads to the next token's
+    const void *k_cache;   // [rows][kv_heads][width], already at this head
+    const void *v_cache;
+    bool half;             // caches hold f16, else f32
+    int64_t row_stride;    // elements from one cached row to the next
+    const int64_t *pages;  // page table of the sequence
+    int64_t page_size;
+    int64_t begin, end, length;
+    int fresh, group;      // query heads that share the key-value head
+    int width;             // a multiple of 16
+    float scale;
+    float *scores;         // scratch [fresh * group][kChunk]
+    float *sums;           // out [fresh * group][width + 2]: weighted values, sum of weights, largest score
+};
+
+struct KernelTable {
+    const char *name;
+    // 8-bit codes are multiplied as code - bias, so that 16-bit sums never saturate
+    int32_t bias8;
+    // One token's activations to int8; consecutive blocks of 32 are `step` tokens apart in the tile.
+    void (*quantize)(const float *x, int64_t columns, int8_t *codes, float *scale, int32_t *sums, int step);
+    // Output rows of row blocks [begin, end) for one tile; y is the tile's first token.
+    void (*product)(const BlockView &, const TileView &, int64_t begin, int64_t end, float *y, int64_t y_stride);
+    void (*rms_norm)(const float *x, const float *weight, float *y, int64_t n, float eps);
+    void (*gated_silu)(const float *gate, const float *up, float *y, int64_t n);
+    void (*attend)(const AttendTask &);
+};
+
+extern const KernelTable kScalarKernels;
+#if defined(FEWBIT_X86)
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+#endif
+
+}  // namespace fewbit

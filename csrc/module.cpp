@@ -1,0 +1,104 @@
+// The Python face of the kernels. Tensors come as addresses: converting one through DLPack takes longer than the
+// product of a small layer. kernels/cpu.py checks shapes, types and contiguity before it calls.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+
+#include "dispatch.h"
+#include "ops.h"
+#include "pack.h"
+#include "pool.h"
+#include "product.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using fewbit::Matrix;
+using Address = uintptr_t;
+using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+
+namespace {
+
+template <class T>
+T *at(Address address) {
+    return reinterpret_cast<T *>(address);
+}
+
+void bind_ops(nb::module_ &m) {
+    m.def(
+        "rms_norm",
+        [](Address x, Address weight, Address y, int64_t tokens, int64_t n, float eps) {
+            fewbit::rms_norm_rows(at<const float>(x), at<const float>(weight), at<float>(y), tokens, n, eps);
+        },
+        Unlocked());
+    m.def(
+        "gated_silu",
+        [](Address gate_up, Address y, int64_t tokens, int64_t n) {
+            fewbit::gated_silu_rows(at<const float>(gate_up), at<float>(y), tokens, n);
+        },
+        Unlocked());
+    m.def(
+        "rotate_append",
+        [](Address q, int64_t q_stride, int64_t heads, Address k, int64_t k_stride, Address v, int64_t v_stride,
+           int64_t kv_heads, Address cos, Address sin, Address slots, Address keys, Address values, bool half,
+           int64_t cache_rows, int64_t tokens, int64_t width, Address out) {
+            const fewbit::Cache cache{at<void>(keys), at<void>(values), half, cache_rows, kv_heads};
+            const fewbit::Heads queries{at<const float>(q), q_stride, heads};
+            const fewbit::Heads new_keys{at<const float>(k), k_stride, kv_heads};
+            const fewbit::Heads new_values{at<const float>(v), v_stride, kv_heads};
+            return fewbit::rotate_append(queries, new_keys, new_values, at<const float>(cos), at<const float>(sin),
+                                         at<const int64_t>(slots), cache, tokens, width, at<float>(out));
+        },
+        Unlocked());
+    m.def(
+        "attend",
+        [](Address q, Address keys, Address values, bool half, int64_t cache_rows, int64_t kv_heads, Address pages,
+           int64_t pages_per_sequence, int64_t page_size, Address lengths, Address starts, int64_t sequences,
+           int64_t tokens, int64_t heads, int64_t width, float scale, Address out) {
+            const fewbit::Cache cache{at<void>(keys), at<void>(values), half, cache_rows, kv_heads};
+            const fewbit::Sequences s{at<const int64_t>(pages), at<const int64_t>(lengths), at<const int64_t>(starts),
+                                      sequences, pages_per_sequence, page_size};
+            return static_cast<int>(
+                fewbit::attend_paged(at<const float>(q), cache, s, tokens, heads, width, scale, at<float>(out)));
+        },
+        Unlocked());
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+    nb::class_<Matrix>(m, "Matrix")
+        .def(nb::init<int64_t>(), "columns"_a)
+        .def("add_block", &Matrix::add_block, "rows"_a, "span"_a, "code_bits"_a, "scale_type"_a, "zero"_a, "offsets"_a)
+        .def(
+            "fill",
+            [](Matrix &self, int64_t block, int64_t first, int64_t count, Address codes, Address scales,
+               Address offsets) {
+                self.fill(block, first, count, at<const uint8_t>(codes), at<const void>(scales),
+                          at<const float>(offsets));
+            },
+            Unlocked())
+        .def(
+            "multiply",
+            [](const Matrix &self, Address x, int64_t tokens, Address y) {
+                fewbit::multiply(self, at<const float>(x), tokens, at<float>(y));
+            },
+            Unlocked())
+        .def(
+            "rows",
+            [](const Matrix &self, Address ids, int64_t count, Address y) {
+                return self.rows(at<const int64_t>(ids), count, at<float>(y));
+            },
+            Unlocked())
+        .def_prop_ro("row_count", &Matrix::row_count)
+        .def_prop_ro("column_count", &Matrix::column_count)
+        .def_prop_ro("nbytes", &Matrix::nbytes);
+    bind_ops(m);
+    m.def("set_threads", &fewbit::set_threads, "n"_a, Unlocked());
+    m.def("threads", &fewbit::threads);
+    m.def("instruction_sets", &fewbit::instruction_sets);
+    m.def("isa", [] { return std::string(fewbit::kernels().name); });
+    m.def("set_isa", &fewbit::select, "name"_a);
+}

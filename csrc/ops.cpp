@@ -1,0 +1,201 @@
+#include "ops.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "dispatch.h"
+#include "numbers.h"
+#include "pool.h"
+
+namespace fewbit {
+namespace {
+
+// Floats a task should at least touch: below, a second thread costs more than it brings.
+constexpr int64_t kTaskFloats = 1 << 14;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// body(token) for all tokens, in tasks that are worth a thread.
+template <class F>
+void for_tokens(int64_t tokens, int64_t floats_per_token, F &&body) {
+    const int64_t step = std::max<int64_t>(1, kTaskFloats / std::max<int64_t>(1, floats_per_token));
+    parallel_for(std::max<int64_t>(1, ceil_div(tokens, step)), [&](int64_t task) {
+        for (int64_t t = task * step; t < std::min(tokens, (task + 1) * step); ++t) body(t);
+    });
+}
+
+void store(float *to, const float *from, int64_t n) { std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float)); }
+void store(uint16_t *to, const float *from, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = float_to_f16(from[i]);
+}
+
+void rotate(const float *x, const float *cos, const float *sin, float *y, int64_t width) {
+    const int64_t half = width / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        const float a = x[i], b = x[half + i];
+        y[i] = a * cos[i] - b * sin[i];
+        y[half + i] = b * cos[i] + a * sin[i];
+    }
+}
+
+template <class Cached>
+void append_token(const float *k, const float *v, const float *cos, const float *sin, Cached *keys, Cached *values,
+                  int64_t heads, int64_t width, float *scratch) {
+    for (int64_t h = 0; h < heads; ++h) {
+        rotate(k + h * width, cos, sin, scratch, width);
+        store(keys + h * width, scratch, width);
+        store(values + h * width, v + h * width, width);
+    }
+}
+
+struct Work {
+    int64_t sequence, head, begin, end;
+    int64_t first_sum;  // where its results begin, in floats
+};
+
+// Every index that the kernels will follow; the largest number of new tokens decides who does the work.
+Attended check(const Sequences &s, int64_t tokens, int64_t cache_rows) {
+    if (s.starts[0] != 0 || s.starts[s.count] != tokens) return Attended::out_of_range;
+    bool many = false;
+    for (int64_t i = 0; i < s.count; ++i) {
+        const int64_t fresh = s.starts[i + 1] - s.starts[i], length = s.lengths[i];
+        if (fresh < 0 || length < fresh || length > s.pages_per_sequence * s.page_size) return Attended::out_of_range;
+        many = many || fresh > kMaxFresh;
+        for (int64_t p = 0; p < ceil_div(length, s.page_size); ++p) {
+            const int64_t page = s.pages[i * s.pages_per_sequence + p];
+            const int64_t used = std::min(s.page_size, length - p * s.page_size);
+            if (page < 0 || used > cache_rows) return Attended::out_of_range;
+            if (page > (cache_rows - used) / s.page_size) return Attended::out_of_range;
+        }
+    }
+    return many ? Attended::too_many_fresh : Attended::done;
+}
+
+// Joins the chunks' results of one query head: each is weighed by e^(its largest score - the largest of all).
+void merge(const float *sums, int64_t chunks, int64_t chunk_stride, int64_t width, float *y) {
+    float largest = -INFINITY;
+    for (int64_t c = 0; c < chunks; ++c) {
+        const float *part = sums + c * chunk_stride;
+        if (part[width] != 0.0f) largest = std::max(largest, part[width + 1]);
+    }
+    float total = 0.0f;
+    std::fill(y, y + width, 0.0f);
+    for (int64_t c = 0; c < chunks; ++c) {
+        const float *part = sums + c * chunk_stride;
+        if (part[width] == 0.0f) continue;
+        const float weight = std::exp(part[width + 1] - largest);
+        total += weight * part[width];
+        for (int64_t d = 0; d < width; ++d) y[d] += weight * part[d];
+    }
+    for (int64_t d = 0; d < width; ++d) y[d] /= total;
+}
+
+}  // namespace
+
+void rms_norm_rows(const float *x, const float *weight, float *y, int64_t tokens, int64_t n, float eps) {
+    const KernelTable &k = kernels();
+    for_tokens(tokens, n, [&](int64_t t) { k.rms_norm(x + t * n, weight, y + t * n, n, eps); });
+}
+
+void gated_silu_rows(const float *gate_up, float *y, int64_t tokens, int64_t n) {
+    const KernelTable &k = kernels();
+    for_tokens(tokens, 3 * n, [&](int64_t t) {
+        const float *gate = gate_up + t * 2 * n;
+        k.gated_silu(gate, gate + n, y + t * n, n);
+    });
+}
+
+bool rotate_append(const Heads &q, const Heads &k, const Heads &v, const float *cos, const float *sin,
+                   const int64_t *slots, const Cache &cache, int64_t tokens, int64_t width, float *q_out) {
+    for (int64_t t = 0; t < tokens; ++t) {
+        if (slots[t] < 0 || slots[t] >= cache.rows) return false;
+    }
+    for_tokens(tokens, (q.heads + 2 * k.heads) * width, [&](int64_t t) {
+        const float *c = cos + t * (width / 2), *s = sin + t * (width / 2);
+        for (int64_t h = 0; h < q.heads; ++h) {
+            rotate(q.data + t * q.stride + h * width, c, s, q_out + (t * q.heads + h) * width, width);
+        }
+        thread_local std::vector<float> scratch;
+        if (static_cast<int64_t>(scratch.size()) < width) scratch.resize(static_cast<size_t>(width));
+        const int64_t at = slots[t] * cache.heads * width;
+        const float *kt = k.data + t * k.stride, *vt = v.data + t * v.stride;
+        if (cache.half) {
+            append_token(kt, vt, c, s, static_cast<uint16_t *>(cache.keys) + at,
+                         static_cast<uint16_t *>(cache.values) + at, k.heads, width, scratch.data());
+        } else {
+            append_token(kt, vt, c, s, static_cast<float *>(cache.keys) + at, static_cast<float *>(cache.values) + at,
+                         k.heads, width, scratch.data());
+        }
+    });
+    return true;
+}
+
+Attended attend_paged(const float *q, const Cache &cache, const Sequences &s, int64_t tokens, int64_t heads,
+                      int64_t width, float scale, float *y) {
+    const Attended verdict = check(s, tokens, cache.rows);
+    if (verdict != Attended::done) return verdict;
+    const int64_t group = heads / cache.heads;
+    const int64_t entry = width + 2;
+    thread_local std::vector<Work> work_scratch;
+    thread_local std::vector<float> sums_scratch;
+    std::vector<Work> &work = work_scratch;
+    work.clear();
+    int64_t floats = 0;
+    for (int64_t i = 0; i < s.count; ++i) {
+        const int64_t fresh = s.starts[i + 1] - s.starts[i];
+        if (fresh == 0) continue;
+        // the chunks do not depend on the number of threads, so neither does the result
+        for (int64_t h = 0; h < cache.heads; ++h) {
+            for (int64_t begin = 0; begin < s.lengths[i]; begin += kChunk) {
+                work.push_back({i, h, begin, std::min(s.lengths[i], begin + kChunk), floats});
+                floats += fresh * group * entry;
+            }
+        }
+    }
+    if (static_cast<int64_t>(sums_scratch.size()) < floats) sums_scratch.resize(static_cast<size_t>(floats));
+    float *sums = sums_scratch.data();
+    const KernelTable &k = kernels();
+    const int64_t element = cache.half ? 2 : 4;
+    parallel_for(std::max<int64_t>(1, static_cast<int64_t>(work.size())), [&](int64_t index) {
+        if (work.empty()) return;
+        const Work &w = work[static_cast<size_t>(index)];
+        const int64_t first = s.starts[w.sequence], fresh = s.starts[w.sequence + 1] - first;
+        thread_local std::vector<float> scores;
+        const size_t needed = static_cast<size_t>(fresh * group * kChunk);
+        if (scores.size() < needed) scores.resize(needed);
+        AttendTask task{};
+        task.q = q + (first * heads + w.head * group) * width;
+        task.q_stride = heads * width;
+        task.k_cache = static_cast<const uint8_t *>(cache.keys) + w.head * width * element;
+        task.v_cache = static_cast<const uint8_t *>(cache.values) + w.head * width * element;
+        task.half = cache.half;
+        task.row_stride = cache.heads * width;
+        task.pages = s.pages + w.sequence * s.pages_per_sequence;
+        task.page_size = s.page_size;
+        task.begin = w.begin;
+        task.end = w.end;
+        task.length = s.lengths[w.sequence];
+        task.fresh = static_cast<int>(fresh);
+        task.group = static_cast<int>(group);
+        task.width = static_cast<int>(width);
+        task.scale = scale;
+        task.scores = scores.data();
+        task.sums = sums + w.first_sum;
+        k.attend(task);
+    });
+    for (const Work &w : work) {
+        if (w.begin != 0) continue;
+        const int64_t first = s.starts[w.sequence], fresh = s.starts[w.sequence + 1] - first;
+        const int64_t chunks = ceil_div(s.lengths[w.sequence], kChunk), stride = fresh * group * entry;
+        for (int64_t row = 0; row < fresh * group; ++row) {
+            const int64_t head = w.head * group + row % group;
+            merge(sums + w.first_sum + row * entry, chunks, stride, width,
+                  y + ((first + row / group) * heads + head) * width);
+        }
+    }
+    return Attended::done;
+}
+
+}  // namespace fewbit

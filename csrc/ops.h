@@ -1,0 +1,48 @@
+// Operations around the products, on raw float32 data.
+#pragma once
+
+#include <cstdint>
+
+namespace fewbit {
+
+// y [tokens][n] = x / root of mean square * weight
+void rms_norm_rows(const float *x, const float *weight, float *y, int64_t tokens, int64_t n, float eps);
+
+// gate_up [tokens][2n], gate first -> y [tokens][n] = silu(gate) * up
+void gated_silu_rows(const float *gate_up, float *y, int64_t tokens, int64_t n);
+
+// Heads of one token are contiguous; tokens are `stride` floats apart.
+struct Heads {
+    const float *data;
+    int64_t stride;
+    int64_t heads;
+};
+
+struct Cache {
+    void *keys;
+    void *values;
+    bool half;
+    int64_t rows;
+    int64_t heads;
+};
+
+// Rotates q and k (halves) by cos, sin [tokens][width / 2]; q to q_out [tokens][heads][width], k and v to the caches'
+// rows `slots`. False, with nothing written, where a slot is out of range.
+bool rotate_append(const Heads &q, const Heads &k, const Heads &v, const float *cos, const float *sin,
+                   const int64_t *slots, const Cache &cache, int64_t tokens, int64_t width, float *q_out);
+
+struct Sequences {
+    const int64_t *pages;    // [count][pages_per_sequence]
+    const int64_t *lengths;  // [count]
+    const int64_t *starts;   // [count + 1]
+    int64_t count, pages_per_sequence, page_size;
+};
+
+enum class Attended : int { done = 0, too_many_fresh = 1, out_of_range = 2 };
+
+// Causal attention of q [tokens][heads][width], contiguous, over the paged cache -> y [tokens][heads * width].
+// Takes up to kMaxFresh new tokens a sequence and widths that are multiples of 16; checks every index it follows.
+Attended attend_paged(const float *q, const Cache &cache, const Sequences &sequences, int64_t tokens, int64_t heads,
+                      int64_t width, float scale, float *y);
+
+}  // namespace fewbit

@@ -1,0 +1,166 @@
+#include "pack.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <utility>
+
+#include "numbers.h"
+#include "pool.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fewbit {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+size_t scalar_bytes(Scalar type) { return type == Scalar::f32 ? 4 : 2; }
+
+// Where the quad of a row lies within a block of 8-bit or 4-bit codes.
+template <int Bits>
+uint8_t *quad_at(uint8_t *block, int lane, int64_t quad) {
+    return block + (Bits == 8 ? quad : quad / 2) * 64 + lane * 4;
+}
+
+template <int Bits>
+void fill_row(const BlockView &w, uint8_t *codes, int64_t row, const uint8_t *from) {
+    constexpr int64_t kBytes = kRows * kColumns * Bits / 8;
+    uint8_t *block = codes + row / kRows * w.column_blocks * kBytes;
+    const int lane = static_cast<int>(row % kRows);
+    for (int64_t column = 0; column < w.columns; ++column) {
+        uint8_t *quad = quad_at<Bits>(block + column / kColumns * kBytes, lane, column % kColumns / 4);
+        uint8_t &at = quad[column % 4];
+        if constexpr (Bits == 8) {
+            at = from[column];
+        } else if (column / 4 % 2 == 0) {
+            at = static_cast<uint8_t>((at & 0xf0) | (from[column] & 15));
+        } else {
+            at = static_cast<uint8_t>((at & 0x0f) | (from[column] << 4));
+        }
+    }
+}
+
+template <int Bits>
+void read_row(const BlockView &w, int64_t row, float *y) {
+    constexpr int64_t kBytes = kRows * kColumns * Bits / 8;
+    const uint8_t *block = w.codes + row / kRows * w.column_blocks * kBytes;
+    const int lane = static_cast<int>(row % kRows);
+    const int64_t first = row / kRows * w.groups * kRows + lane;
+    for (int64_t column = 0; column < w.columns; ++column) {
+        const uint8_t *quad =
+            quad_at<Bits>(const_cast<uint8_t *>(block) + column / kColumns * kBytes, lane, column % kColumns / 4);
+        int32_t code = quad[column % 4];
+        if constexpr (Bits == 4) code = column / 4 % 2 == 0 ? code & 15 : code >> 4;
+        const int64_t at = first + column / kColumns / w.blocks_per_group * kRows;
+        const float value = static_cast<float>(code - w.zero) * load_scalar(w.scales, at, w.scale_type);
+        y[column] = w.offsets ? value + w.offsets[at] : value;
+    }
+}
+
+}  // namespace
+
+Buffer::Buffer(size_t bytes) : data_(nullptr), size_(bytes) {
+    if (bytes == 0) return;
+    const size_t alignment = bytes >= kHugePage ? kHugePage : 64;
+    data_ = static_cast<uint8_t *>(::operator new(bytes, std::align_val_t(alignment)));
+#if defined(__linux__)
+    // a wish only: where it is refused, small pages serve
+    if (alignment == kHugePage) (void)madvise(data_, bytes, MADV_HUGEPAGE);
+#endif
+    std::memset(data_, 0, bytes);
+}
+
+Buffer::~Buffer() {
+    if (data_) ::operator delete(data_, std::align_val_t(size_ >= kHugePage ? kHugePage : 64));
+}
+
+Buffer::Buffer(Buffer &&other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+
+int64_t Matrix::add_block(int64_t rows, int64_t span, int code_bits, int scale_type, int32_t zero, bool offsets) {
+    if (rows <= 0 || columns_ <= 0 || span <= 0 || (span % kColumns != 0 && span < columns_)) {
+        throw std::invalid_argument("a block needs rows and a span that is a multiple of 32 or covers the row");
+    }
+    if ((code_bits != 4 && code_bits != 8) || scale_type < 0 || scale_type > 2 || zero < 0 || zero > 255) {
+        throw std::invalid_argument("codes take 4 or 8 bits, scale types are 0 to 2, zero is 0 to 255");
+    }
+    BlockView view{};
+    view.rows = rows;
+    view.columns = columns_;
+    view.column_blocks = ceil_div(columns_, kColumns);
+    view.blocks_per_group = span >= columns_ ? view.column_blocks : span / kColumns;
+    view.groups = ceil_div(view.column_blocks, view.blocks_per_group);
+    view.code_bits = code_bits;
+    view.scale_type = static_cast<Scalar>(scale_type);
+    view.zero = zero;
+    const size_t row_blocks = static_cast<size_t>(ceil_div(rows, kRows));
+    const size_t per_group = row_blocks * static_cast<size_t>(view.groups) * kRows;
+    const size_t block_bytes = static_cast<size_t>(kRows * kColumns * code_bits / 8);
+    Block block{Buffer(row_blocks * static_cast<size_t>(view.column_blocks) * block_bytes),
+                Buffer(per_group * scalar_bytes(view.scale_type)), Buffer(offsets ? per_group * sizeof(float) : 0),
+                view, rows_};
+    block.view.codes = block.codes.data();
+    block.view.scales = block.scales.data();
+    block.view.offsets = reinterpret_cast<const float *>(block.offsets.data());
+    blocks_.push_back(std::move(block));
+    rows_ += rows;
+    return static_cast<int64_t>(blocks_.size()) - 1;
+}
+
+void Matrix::fill(int64_t index, int64_t first, int64_t count, const uint8_t *codes, const void *scales,
+                  const float *offsets) {
+    if (index < 0 || index >= static_cast<int64_t>(blocks_.size())) throw std::invalid_argument("no such block");
+    Block &block = blocks_[static_cast<size_t>(index)];
+    const BlockView &w = block.view;
+    if (first < 0 || count < 0 || first > w.rows - count) throw std::invalid_argument("rows lie outside the block");
+    if ((offsets != nullptr) != (w.offsets != nullptr)) throw std::invalid_argument("offsets do not fit the block");
+    const size_t width = scalar_bytes(w.scale_type);
+    constexpr int64_t kStep = 16;
+    // rows share no byte, so any split among threads is safe
+    parallel_for(ceil_div(count, kStep), [&](int64_t task) {
+        for (int64_t i = task * kStep; i < std::min(count, (task + 1) * kStep); ++i) {
+            const int64_t row = first + i;
+            w.code_bits == 4 ? fill_row<4>(w, block.codes.data(), row, codes + i * w.columns)
+                             : fill_row<8>(w, block.codes.data(), row, codes + i * w.columns);
+            const int64_t at = row / kRows * w.groups * kRows + row % kRows;
+            for (int64_t g = 0; g < w.groups; ++g) {
+                const size_t from = static_cast<size_t>(i * w.groups + g);
+                const size_t to = static_cast<size_t>(at + g * kRows);
+                const uint8_t *scale = static_cast<const uint8_t *>(scales) + from * width;
+                std::memcpy(block.scales.data() + to * width, scale, width);
+                if (offsets) reinterpret_cast<float *>(block.offsets.data())[to] = offsets[from];
+            }
+        }
+    });
+}
+
+bool Matrix::rows(const int64_t *ids, int64_t count, float *y) const {
+    for (int64_t i = 0; i < count; ++i) {
+        if (ids[i] < 0 || ids[i] >= rows_) return false;
+    }
+    parallel_for(ceil_div(count, 16), [&](int64_t task) {
+        for (int64_t i = task * 16; i < std::min(count, (task + 1) * 16); ++i) {
+            const auto after = std::find_if(blocks_.begin(), blocks_.end(), [&](const Block &b) {
+                return ids[i] < b.first_row + b.view.rows;
+            });
+            const int64_t row = ids[i] - after->first_row;
+            float *to = y + i * columns_;
+            after->view.code_bits == 4 ? read_row<4>(after->view, row, to) : read_row<8>(after->view, row, to);
+        }
+    });
+    return true;
+}
+
+int64_t Matrix::nbytes() const {
+    size_t total = 0;
+    for (const Block &b : blocks_) total += b.codes.size() + b.scales.size() + b.offsets.size();
+    return static_cast<int64_t>(total);
+}
+
+}  // namespace fewbit

@@ -1,0 +1,143 @@
+#include "product.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "dispatch.h"
+#include "pool.h"
+
+namespace fewbit {
+namespace {
+
+// Quantized activations of one pass; more tokens than fit are taken in several passes over the weights.
+constexpr int64_t kPassBytes = int64_t{8} << 20;
+// Activations a task walks through for each of its row blocks: they stay in a core's second-level cache.
+constexpr int64_t kTaskBytes = int64_t{128} << 10;
+// Tasks for each thread, so that a thread which is held up does not hold up the rest.
+constexpr int64_t kTasksPerThread = 4;
+// Below this many inputs, waking threads costs more than quantizing.
+constexpr int64_t kAlone = 1 << 15;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Scratch of the calling thread, kept from call to call.
+struct Scratch {
+    std::vector<int8_t> codes;
+    std::vector<float> scale, group_sums;
+    std::vector<int32_t> sums, start;
+};
+
+template <class T>
+T *room(std::vector<T> &v, int64_t count) {
+    if (static_cast<int64_t>(v.size()) < count) v.resize(static_cast<size_t>(count));
+    return v.data();
+}
+
+// The activations of one pass, tile after tile in the layout of TileView.
+struct Activations {
+    const int8_t *codes;
+    const float *scale;
+    const int32_t *sums;
+    int64_t tokens, blocks;
+
+    int width(int64_t tile) const { return static_cast<int>(std::min<int64_t>(kTile, tokens - tile * kTile)); }
+    int64_t tiles() const { return ceil_div(tokens, kTile); }
+};
+
+Activations quantize_tokens(Scratch &scratch, const float *x, int64_t tokens, int64_t columns) {
+    const int64_t blocks = ceil_div(columns, kColumns);
+    int8_t *codes = room(scratch.codes, tokens * blocks * kColumns);
+    float *scale = room(scratch.scale, tokens * blocks);
+    int32_t *sums = room(scratch.sums, tokens * blocks);
+    const Activations a{codes, scale, sums, tokens, blocks};
+    const KernelTable &k = kernels();
+    auto one_tile = [&](int64_t tile) {
+        for (int t = 0; t < a.width(tile); ++t) {
+            const int64_t at = tile * kTile * blocks;
+            k.quantize(x + (tile * kTile + t) * columns, columns, codes + (at + t) * kColumns, scale + at + t,
+                       sums + at + t, a.width(tile));
+        }
+    };
+    if (tokens * columns < kAlone) {
+        for (int64_t tile = 0; tile < a.tiles(); ++tile) one_tile(tile);
+    } else {
+        parallel_for(a.tiles(), one_tile);
+    }
+    return a;
+}
+
+// What each integer sum starts from: codes stand for code - zero, and a kernel may multiply by code - bias.
+const int32_t *starts(Scratch &scratch, const Activations &a, const BlockView &w) {
+    const int32_t shift = (w.code_bits == 8 ? kernels().bias8 : 0) - w.zero;
+    int32_t *start = room(scratch.start, a.tokens * a.blocks);
+    for (int64_t i = 0; i < a.tokens * a.blocks; ++i) start[i] = shift * a.sums[i];
+    return start;
+}
+
+// Sums of the rounded activations over each weight group, [tiles][groups][width].
+const float *group_sums(Scratch &scratch, const Activations &a, const BlockView &w) {
+    if (!w.offsets) return nullptr;
+    float *out = room(scratch.group_sums, a.tokens * w.groups);
+    for (int64_t tile = 0; tile < a.tiles(); ++tile) {
+        const int width = a.width(tile);
+        const int64_t from = tile * kTile * a.blocks;
+        float *to = out + tile * kTile * w.groups;
+        for (int64_t g = 0; g < w.groups; ++g) {
+            for (int t = 0; t < width; ++t) {
+                float sum = 0.0f;
+                for (int64_t b = g * w.blocks_per_group; b < std::min(a.blocks, (g + 1) * w.blocks_per_group); ++b) {
+                    sum += a.scale[from + b * width + t] * static_cast<float>(a.sums[from + b * width + t]);
+                }
+                to[g * width + t] = sum;
+            }
+        }
+    }
+    return out;
+}
+
+void multiply_block(Scratch &scratch, const Activations &a, const BlockView &w, float *y, int64_t y_stride) {
+    const KernelTable &k = kernels();
+    const int32_t *start = starts(scratch, a, w);
+    const float *sums = group_sums(scratch, a, w);
+    const int64_t row_blocks = ceil_div(w.rows, kRows);
+    const int64_t tile_bytes = kTile * a.blocks * kColumns;
+    const int64_t tiles_per_task = std::clamp<int64_t>(kTaskBytes / tile_bytes, 1, a.tiles());
+    const int64_t token_tasks = ceil_div(a.tiles(), tiles_per_task);
+    const int64_t wanted = std::max<int64_t>(1, ceil_div(threads() * kTasksPerThread, token_tasks));
+    const int64_t rows_per_task = threads() == 1 ? row_blocks : ceil_div(row_blocks, std::min(row_blocks, wanted));
+    const int64_t row_tasks = ceil_div(row_blocks, rows_per_task);
+    parallel_for(token_tasks * row_tasks, [&](int64_t task) {
+        const int64_t first_tile = task / row_tasks * tiles_per_task;
+        const int64_t last_tile = std::min(a.tiles(), first_tile + tiles_per_task);
+        const int64_t first_row = task % row_tasks * rows_per_task;
+        const int64_t last_row = std::min(row_blocks, first_row + rows_per_task);
+        // one row block at a time stays in the first-level cache while all tiles pass over it
+        const int64_t rows_at_once = last_tile - first_tile > 1 ? 1 : last_row - first_row;
+        for (int64_t row = first_row; row < last_row; row += rows_at_once) {
+            for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+                const int64_t at = tile * kTile * a.blocks;
+                const TileView x{a.codes + at * kColumns, a.scale + at, start + at,
+                                 sums ? sums + tile * kTile * w.groups : nullptr, a.width(tile)};
+                k.product(w, x, row, std::min(last_row, row + rows_at_once), y + tile * kTile * y_stride, y_stride);
+            }
+        }
+    });
+}
+
+}  // namespace
+
+void multiply(const Matrix &matrix, const float *x, int64_t tokens, float *y) {
+    thread_local Scratch scratch;
+    const int64_t columns = matrix.column_count(), rows = matrix.row_count();
+    const int64_t padded = ceil_div(columns, kColumns) * kColumns;
+    const int64_t per_pass = std::max<int64_t>(8 * kTile, kPassBytes / padded / kTile * kTile);
+    for (int64_t done = 0; done < tokens; done += per_pass) {
+        const int64_t count = std::min(per_pass, tokens - done);
+        const Activations a = quantize_tokens(scratch, x + done * columns, count, columns);
+        for (const Block &block : matrix.blocks()) {
+            multiply_block(scratch, a, block.view, y + done * rows + block.first_row, rows);
+        }
+    }
+}
+
+}  // namespace fewbit

@@ -1,0 +1,359 @@
+"""Native CPU kernels: packed 4- and 8-bit weights times activations rounded to int8.
+
+Weights stay as stored: 4 bits for codes of up to 4 bits, 8 for wider ones, beside the scales in their own dtype. Each
+call rounds its activations once, symmetrically in groups of 32 inputs (scale = absmax / 127), multiplies in integers
+and scales in float32. Results do not depend on the number of threads, nor a row's on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import FewbitError
+from fewbit.formats import Affine, parse
+from fewbit.kernels import Backend, Packed
+from fewbit.kernels._cores import physical_cores
+from fewbit.kernels.ops import Batch, Ops
+from fewbit.qtensor import QTensor
+
+# columns whose activations share a scale, and which a span must not cut
+BLOCK = 32
+# larger tensors are unpacked and packed again in slices of rows, to bound the memory that takes
+SLICE_WEIGHTS = 1 << 24
+SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def _load() -> ModuleType | None:
+    try:
+        from fewbit import _cpu
+    except ImportError:
+        return None
+    return _cpu
+
+
+_native = _load()
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What rows must agree in to lie in one block of the native layout."""
+
+    span: int
+    code_bits: int
+    scale_type: int
+    zero: int
+    offsets: bool
+
+    @classmethod
+    def of(cls, a: Affine) -> _Kind:
+        columns = a.codes.shape[1]
+        span = a.span if a.span < columns else columns
+        zero, offsets = (0, True) if a.zero is None else (a.zero, False)
+        return cls(span, 4 if a.bits <= 4 else 8, SCALE_TYPES[a.scale.dtype], zero, offsets)
+
+
+class Cpu(Backend):
+    """Everything that is `scale * code + offset` with groups of whole blocks of 32 columns."""
+
+    name = "cpu"
+    priority = 20
+
+    def __init__(self, native: ModuleType) -> None:
+        self.native = native
+        self.ops = CpuOps(native)
+        native.set_threads(physical_cores())
+
+    @property
+    def threads(self) -> int:
+        """Threads that take part in a call."""
+        return int(self.native.threads())
+
+    def set_threads(self, count: int) -> None:
+        """Use `count` threads from now on."""
+        if count < 1:
+            raise ValueError(f"threads must be at least 1, got {count}")
+        self.native.set_threads(count)
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return str(self.native.isa())
+
+    def instruction_sets(self) -> dict[str, str | None]:
+        """Every instruction set, best last, with the reason it can't run here, or None where it can."""
+        return {name: reason or None for name, reason in self.native.instruction_sets()}
+
+    def set_isa(self, name: str) -> None:
+        """Use another instruction set; ValueError where it is unknown or this CPU lacks it."""
+        self.native.set_isa(name)
+
+    def refuses(self, q: QTensor) -> str | None:
+        """None where the tensor is affine with groups of whole blocks."""
+        if len(q.shape) != 2:
+            return f"{q.spec} of shape {q.shape} is not a matrix"
+        # a single row has the tensor's whole structure
+        a = parse(q.spec).affine(parse(q.spec).take(q, torch.zeros(1, dtype=torch.int64)))
+        if a is None:
+            return f"{q.spec} is not scale times code plus offset"
+        if a.span % BLOCK and a.span < q.shape[1]:
+            return f"{q.spec} has groups of {a.span} columns, and the kernel takes multiples of {BLOCK}"
+        if a.scale.dtype not in SCALE_TYPES:
+            return f"{q.spec} has scales of {a.scale.dtype}"
+        return None
+
+    def prepare(self, tensors: list[QTensor]) -> Packed:
+        """Pack and stack; rows that agree in width, span, scale type and zero share a block. FewbitError if refused."""
+        columns = tensors[0].shape[1]
+        for q in tensors:
+            if reason := self.refuses(q):
+                raise FewbitError("The CPU kernel can't take this tensor.", reason + ".", "Use the reference kernel.")
+            if q.shape[1] != columns:
+                raise ValueError(f"stacked matrices need equal widths, got {columns} and {q.shape[1]}")
+        matrix = self.native.Matrix(columns)
+        kinds = [_Kind.of(next(_slices(q, 1))[1]) for q in tensors]
+        block, first = -1, 0
+        for i, (q, kind) in enumerate(zip(tensors, kinds, strict=True)):
+            if i == 0 or kind != kinds[i - 1]:
+                same = next((j for j in range(i, len(kinds)) if kinds[j] != kind), len(kinds))
+                rows = sum(t.shape[0] for t in tensors[i:same])
+                block, first = self._add_block(matrix, rows, kind), 0
+            self._fill(matrix, block, first, q, kind)
+            first += q.shape[0]
+        return Packed((matrix.row_count, columns), tuple(q.shape[0] for q in tensors), matrix, matrix.nbytes)
+
+    def _add_block(self, matrix: object, rows: int, kind: _Kind) -> int:
+        add = matrix.add_block  # type: ignore[attr-defined]
+        return int(add(rows, kind.span, kind.code_bits, kind.scale_type, kind.zero, kind.offsets))
+
+    def _fill(self, matrix: object, block: int, first: int, q: QTensor, kind: _Kind) -> None:
+        for start, a in _slices(q, max(1, SLICE_WEIGHTS // q.shape[1])):
+            count = len(a.codes)
+            groups = -(-q.shape[1] // kind.span)
+            codes, scale = a.codes.contiguous(), a.scale.contiguous()
+            offset = None if a.offset is None else a.offset.contiguous()
+            _expect("codes", codes, torch.uint8, (count, q.shape[1]))
+            _expect("scales", scale, scale.dtype, (count, groups))
+            if offset is not None:
+                _expect("offsets", offset, torch.float32, (count, groups))
+            if _Kind.of(a) != kind:
+                raise ValueError(f"rows of one {q.spec} tensor disagree: {_Kind.of(a)} and {kind}")
+            offset_address = 0 if offset is None else offset.data_ptr()
+            fill = matrix.fill  # type: ignore[attr-defined]
+            fill(block, first + start, count, codes.data_ptr(), scale.data_ptr(), offset_address)
+
+    def matmul(self, x: Tensor, packed: Packed) -> Tensor:
+        """x [T, in] float32 -> [T, out] float32; ValueError where x has another shape, dtype or device."""
+        rows, columns = packed.shape
+        if x.dtype is not torch.float32 or x.dim() != 2 or x.shape[1] != columns or not x.is_cpu:
+            raise ValueError(
+                f"x must be float32 [T, {columns}] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}"
+            )
+        if not x.is_contiguous():
+            x = x.contiguous()
+        tokens = x.shape[0]
+        y = torch.empty(tokens, rows)
+        packed.data.multiply(x.data_ptr(), tokens, y.data_ptr())
+        return y
+
+    def rows(self, packed: Packed, ids: Tensor) -> Tensor:
+        """Rows `ids` int64 [T] -> float32 [T, in]; IndexError where one is out of range."""
+        if ids.dtype is not torch.int64 or ids.dim() != 1 or not ids.is_cpu:
+            raise ValueError(f"ids must be int64 [T] on the CPU, got {ids.dtype} {list(ids.shape)} on {ids.device}")
+        ids = ids.contiguous()
+        y = torch.empty(len(ids), packed.shape[1])
+        if not packed.data.rows(ids.data_ptr(), len(ids), y.data_ptr()):
+            raise IndexError(
+                f"row ids must lie in 0 .. {packed.shape[0] - 1}, got {int(ids.min())} .. {int(ids.max())}"
+            )
+        return y
+
+
+def _slices(q: QTensor, rows: int) -> Iterator[tuple[int, Affine]]:
+    """The tensor in slices of `rows` rows as (first row, affine); whole where it is no longer than that."""
+    fmt = parse(q.spec)
+    for start in range(0, q.shape[0], rows):
+        stop = min(q.shape[0], start + rows)
+        part = q if stop - start == q.shape[0] else fmt.take(q, torch.arange(start, stop))
+        a = fmt.affine(part)
+        if a is None:
+            raise ValueError(f"{q.spec} is not affine")
+        yield start, a
+
+
+def _expect(what: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if t.dtype != dtype or tuple(t.shape) != shape or not t.is_cpu:
+        raise ValueError(
+            f"{what} must be {dtype} {list(shape)} on the CPU, got {t.dtype} {list(t.shape)} on {t.device}"
+        )
+
+
+def _is_rows(t: Tensor, columns: int) -> bool:
+    """float32 [T, columns] on the CPU, contiguous."""
+    return t.dtype is torch.float32 and t.dim() == 2 and t.shape[1] == columns and t.is_cpu and t.is_contiguous()
+
+
+def _are_heads(t: Tensor, tokens: int, width: int) -> bool:
+    """float32 [tokens, heads, width] on the CPU; heads side by side, tokens at any distance."""
+    shape, strides = t.shape, t.stride()
+    return (
+        t.dtype is torch.float32
+        and shape[0] == tokens
+        and shape[2] == width
+        and strides[2] == 1
+        and strides[1] == width
+        and t.is_cpu
+    )
+
+
+def _are_indices(*tensors: Tensor) -> bool:
+    return all(t.dtype is torch.int64 and t.is_cpu and t.is_contiguous() for t in tensors)
+
+
+class CpuOps(Ops):
+    """Native overrides; whatever they do not take goes to the definitions."""
+
+    # what _cpu.attend answers
+    _DONE, _OUT_OF_RANGE = 0, 2
+
+    def __init__(self, native: ModuleType) -> None:
+        self.native = native
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [T, n], weight [n]."""
+        n = weight.shape[0]
+        if not _is_rows(x, n) or weight.dtype is not torch.float32 or not weight.is_contiguous():
+            return super().rms_norm(x, weight, eps)
+        y = torch.empty_like(x)
+        self.native.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.shape[0], n, eps)
+        return y
+
+    def gated(self, gate_up: Tensor, activation: str) -> Tensor:
+        """gate_up [T, 2n] -> [T, n]."""
+        n = gate_up.shape[-1] // 2
+        if activation != "silu" or not _is_rows(gate_up, 2 * n):
+            return super().gated(gate_up, activation)
+        y = torch.empty(gate_up.shape[0], n)
+        self.native.gated_silu(gate_up.data_ptr(), y.data_ptr(), gate_up.shape[0], n)
+        return y
+
+    def rotate_append(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor:
+        """q [T, H, D], k and v [T, KV, D]; IndexError where a slot is out of range."""
+        tokens, heads, width = q.shape
+        kv = k.shape[1]
+        taken = (
+            all(_are_heads(t, tokens, width) for t in (q, k, v))
+            and v.shape[1] == kv
+            and width % 2 == 0
+            and all(_is_rows(t, width // 2) and t.shape[0] == tokens for t in (cos, sin))
+            and _are_indices(slots)
+            and slots.shape == (tokens,)
+            and _are_caches(k_cache, v_cache, kv, width)
+        )
+        if not taken:
+            return super().rotate_append(q, k, v, cos, sin, slots, k_cache, v_cache)
+        out = torch.empty(tokens, heads, width)
+        written = self.native.rotate_append(
+            q.data_ptr(),
+            q.stride(0),
+            heads,
+            k.data_ptr(),
+            k.stride(0),
+            v.data_ptr(),
+            v.stride(0),
+            kv,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            slots.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            k_cache.dtype is torch.float16,
+            k_cache.shape[0],
+            tokens,
+            width,
+            out.data_ptr(),
+        )
+        if not written:
+            raise IndexError(f"slots must lie in 0 .. {k_cache.shape[0] - 1}, got {slots.tolist()}")
+        return out
+
+    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
+        """q [T, H, D] -> [T, H * D]; a few new tokens a sequence here, long prompts by the definition."""
+        tokens, heads, width = q.shape
+        sequences, kv = batch.pages.shape[0], k_cache.shape[1]
+        taken = (
+            width % 16 == 0
+            and heads % kv == 0
+            and q.dtype is torch.float32
+            and q.is_cpu
+            and q.is_contiguous()
+            and _are_caches(k_cache, v_cache, kv, width)
+            and _are_indices(batch.pages, batch.lengths, batch.starts)
+            and batch.lengths.shape == (sequences,)
+            and batch.starts.shape == (sequences + 1,)
+            and batch.page_size > 0
+        )
+        if not taken:
+            return super().attend(q, k_cache, v_cache, batch, scale)
+        out = torch.empty(tokens, heads * width)
+        answer = self.native.attend(
+            q.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            k_cache.dtype is torch.float16,
+            k_cache.shape[0],
+            kv,
+            batch.pages.data_ptr(),
+            batch.pages.shape[1],
+            batch.page_size,
+            batch.lengths.data_ptr(),
+            batch.starts.data_ptr(),
+            sequences,
+            tokens,
+            heads,
+            width,
+            scale,
+            out.data_ptr(),
+        )
+        if answer == self._OUT_OF_RANGE:
+            raise IndexError(
+                f"the batch leaves the cache: lengths {batch.lengths.tolist()}, starts {batch.starts.tolist()}, "
+                f"pages up to {int(batch.pages.max())} of {batch.page_size} in {k_cache.shape[0]} rows"
+            )
+        return out if answer == self._DONE else super().attend(q, k_cache, v_cache, batch, scale)
+
+
+def _are_caches(k_cache: Tensor, v_cache: Tensor, heads: int, width: int) -> bool:
+    """Two contiguous caches [R, heads, width] of one dtype, float32 or float16."""
+    dtype, shape = k_cache.dtype, k_cache.shape
+    return (
+        (dtype is torch.float32 or dtype is torch.float16)
+        and dtype is v_cache.dtype
+        and shape == v_cache.shape
+        and shape[1] == heads
+        and shape[2] == width
+        and k_cache.is_cpu
+        and k_cache.is_contiguous()
+        and v_cache.is_contiguous()
+    )
+
+
+@lru_cache(maxsize=1)
+def backend() -> Cpu | None:
+    """None where the native extension was not built or can't be loaded; one instance, as threads are the process's."""
+    return Cpu(_native) if _native is not None else None
