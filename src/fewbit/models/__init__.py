@@ -1,1 +1,52 @@
+"""One module per `model_type` of config.json; the file name is the registry.
 
+A module offers `Args.from_config(config)`, `Model(args, weights)`, `weights(args)` (every tensor with its shape and
+role) and, where GGUF files of it exist, `GGUF`, `gguf_config(metadata, read)` and `gguf_rows(name, args)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+from fewbit.errors import FewbitError
+from fewbit.lookup import find, names
+
+Role = Literal["embedding", "head", "linear", "norm", "bias"]
+
+
+@dataclass(frozen=True)
+class WeightInfo:
+    """One tensor a model needs: canonical name, logical shape, what it does, and its block (None outside blocks)."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    block: int | None = None
+
+
+def find_model(model_type: str) -> ModuleType:
+    """The module of an architecture; FewbitError with the list where fewbit does not know it."""
+    known = names(__name__)
+    if model_type not in known:
+        raise FewbitError(
+            f"The architecture {model_type!r} is not supported.",
+            f"fewbit runs: {', '.join(known)}.",
+            "Choose a model of one of these architectures.",
+        )
+    return find(__name__, model_type)
+
+
+def number(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    """A positive whole number from a config; FewbitError where it is missing or something else."""
+    value = config.get(key, default)
+    if value is None and default is not None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise FewbitError(
+            f"The model's config has no usable {key!r}.",
+            f"Found {value!r} where a positive whole number belongs.",
+            "Check config.json against the original model's.",
+        )
+    return value

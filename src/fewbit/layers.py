@@ -1,0 +1,166 @@
+"""The pieces models are built of. A layer holds packed weights and the backend that multiplies by them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import FewbitError
+from fewbit.formats import parse
+from fewbit.kernels import Backend, Packed
+from fewbit.kernels.ops import Batch, Ops
+from fewbit.qtensor import QTensor
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where layers get their weights: `read` gives a tensor by its canonical name, `has` says whether there is one.
+
+    `backends` are tried in order; the first that refuses none of a layer's tensors runs it.
+    """
+
+    read: Callable[[str], QTensor]
+    has: Callable[[str], bool]
+    backends: Sequence[Backend]
+    ops: Ops
+
+    def dense(self, name: str) -> Tensor:
+        """A small tensor (norm, bias) in float32."""
+        q = self.read(name)
+        return parse(q.spec).dequantize(q).contiguous()
+
+    def linear(self, *names: str) -> Linear:
+        """One product for several stacked matrices of the same input, `x.weight` for each name, biases included."""
+        tensors = [self.read(f"{name}.weight") for name in names]
+        bias = None
+        if any(self.has(f"{name}.bias") for name in names):
+            bias = torch.cat(
+                [
+                    self.dense(f"{name}.bias") if self.has(f"{name}.bias") else torch.zeros(q.shape[0])
+                    for name, q in zip(names, tensors, strict=True)
+                ]
+            )
+        backend = self._choose(names, tensors)
+        return Linear(backend, backend.prepare(tensors), bias)
+
+    def _choose(self, names: Sequence[str], tensors: list[QTensor]) -> Backend:
+        reasons = []
+        for backend in self.backends:
+            refusals = [reason for q in tensors if (reason := backend.refuses(q))]
+            if not refusals:
+                return backend
+            reasons.append(f"{backend.name}: {refusals[0]}")
+        raise FewbitError(
+            f"No kernel can multiply by {', '.join(names)}.",
+            "; ".join(reasons) or "There is no backend on this machine.",
+            "Load with exact=True (`--exact`), which runs every format through the reference kernel.",
+        )
+
+
+class Linear:
+    """x [T, in] -> [T, out], where out stacks several matrices; also an embedding, read by rows."""
+
+    def __init__(self, backend: Backend, packed: Packed, bias: Tensor | None = None) -> None:
+        self.backend, self.packed, self.bias = backend, packed, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.backend.matmul(x, self.packed)
+        return y if self.bias is None else y + self.bias
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` as float32 [T, in]."""
+        return self.backend.rows(self.packed, ids)
+
+
+class RMSNorm:
+    """Root-mean-square norm over the last dimension."""
+
+    def __init__(self, weight: Tensor, eps: float, ops: Ops) -> None:
+        self.weight, self.eps, self.ops = weight, eps, ops
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+
+@dataclass(frozen=True)
+class RopeArgs:
+    """Rotary embedding: base frequency and how it is stretched to longer contexts."""
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> RopeArgs:
+        """From `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before).
+
+        Raises FewbitError for a kind of scaling fewbit does not know.
+        """
+        found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        kind = str(found.get("rope_type") or found.get("type") or "default")
+        if kind not in ("default", "linear", "llama3"):
+            raise FewbitError(
+                f"Rotary scaling {kind!r} is not supported.",
+                "fewbit knows default, linear and llama3.",
+                "Use a checkpoint of the same model without that scaling.",
+            )
+        return cls(
+            theta=float(found.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            kind=kind,
+            factor=float(found.get("factor", 1.0)),
+            low_freq_factor=float(found.get("low_freq_factor", 1.0)),
+            high_freq_factor=float(found.get("high_freq_factor", 4.0)),
+            original_context=int(found.get("original_max_position_embeddings") or 8192),
+        )
+
+    def frequencies(self, width: int) -> Tensor:
+        """Angle a position, float32 [width / 2] (Su et al. 2021, section 3.4.2; llama3: Llama 3.1 model card code)."""
+        freq = 1.0 / self.theta ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width)
+        if self.kind == "linear":
+            return freq / self.factor
+        if self.kind == "llama3":
+            # long waves are stretched, short ones kept, those between blended
+            turns = self.original_context * freq / (2 * math.pi)
+            blend = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+            blend = blend.clamp(0, 1)
+            return freq * (blend + (1 - blend) / self.factor)
+        return freq
+
+
+class Rope:
+    """positions int64 [T] -> cos, sin float32 [T, width / 2]."""
+
+    def __init__(self, args: RopeArgs, width: int) -> None:
+        self.freq = args.frequencies(width)
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angle = positions.float()[:, None] * self.freq
+        return angle.cos(), angle.sin()
+
+
+class Attention:
+    """Rotary grouped-query attention over a paged cache, from the fused q/k/v product to the heads' outputs."""
+
+    def __init__(self, heads: int, kv_heads: int, width: int, ops: Ops) -> None:
+        self.heads, self.kv_heads, self.width, self.ops = heads, kv_heads, width, ops
+        self.k_cache = self.v_cache = torch.empty(0, kv_heads, width)
+
+    def allocate(self, rows: int, dtype: torch.dtype) -> None:
+        """Room for `rows` tokens. Memory is only touched when written, so a large context costs nothing unused."""
+        self.k_cache = torch.empty(rows, self.kv_heads, self.width, dtype=dtype)
+        self.v_cache = torch.empty_like(self.k_cache)
+
+    def __call__(self, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        """qkv [T, (H + 2 KV) * D] -> [T, H * D]."""
+        h, kv = self.heads, self.kv_heads
+        q, k, v = qkv.unflatten(1, (h + 2 * kv, self.width)).split((h, kv, kv), dim=1)
+        q = self.ops.rotate_append(q, k, v, cos, sin, batch.slots, self.k_cache, self.v_cache)
+        return self.ops.attend(q, self.k_cache, self.v_cache, batch, self.width**-0.5)

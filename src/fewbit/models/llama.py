@@ -1,0 +1,223 @@
+"""Llama 1 to 3.x and its kin (SmolLM2): grouped-query attention, rotary positions, RMSNorm, SwiGLU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import FewbitError
+from fewbit.kernels.ops import Batch
+from fewbit.layers import Attention, RMSNorm, Rope, RopeArgs, Weights
+from fewbit.models import WeightInfo, number
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+@dataclass(frozen=True)
+class Args:
+    """The facts of config.json that shape the model."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeArgs
+    activation: str = "silu"
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Args:
+        """Checked facts of a config.json; FewbitError names the key that is off."""
+        heads, hidden = number(config, "num_attention_heads"), number(config, "hidden_size")
+        kv_heads = number(config, "num_key_value_heads", heads)
+        width = number(config, "head_dim", max(1, hidden // heads))
+        activation = str(config.get("hidden_act", "silu"))
+        if heads % kv_heads or width % 2 or activation not in ACTIVATIONS:
+            raise FewbitError(
+                "The model's config describes a layer that fewbit can't build.",
+                f"{heads} heads over {kv_heads} key-value heads of width {width}, activation {activation!r}; "
+                f"heads must be a multiple of key-value heads, the width even, the activation one of "
+                f"{', '.join(ACTIVATIONS)}.",
+                "Check config.json against the original model's.",
+            )
+        return cls(
+            hidden_size=hidden,
+            intermediate_size=number(config, "intermediate_size"),
+            num_hidden_layers=number(config, "num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=width,
+            vocab_size=number(config, "vocab_size"),
+            max_position_embeddings=number(config, "max_position_embeddings", 2048),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope=RopeArgs.from_config(config),
+            activation=ACTIVATIONS[activation],
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=bool(config.get("attention_bias", False)),
+            mlp_bias=bool(config.get("mlp_bias", False)),
+        )
+
+
+def weights(args: Args) -> list[WeightInfo]:
+    """Every tensor of the model, in the order of the walk: embedding, blocks, final norm, head."""
+    d, inner = args.hidden_size, args.intermediate_size
+    q, kv = args.num_attention_heads * args.head_dim, args.num_key_value_heads * args.head_dim
+    linears = {
+        "self_attn.q_proj": (q, d),
+        "self_attn.k_proj": (kv, d),
+        "self_attn.v_proj": (kv, d),
+        "self_attn.o_proj": (d, q),
+        "mlp.gate_proj": (inner, d),
+        "mlp.up_proj": (inner, d),
+        "mlp.down_proj": (d, inner),
+    }
+    found = [WeightInfo("model.embed_tokens.weight", (args.vocab_size, d), "embedding")]
+    for i in range(args.num_hidden_layers):
+        prefix = f"model.layers.{i}."
+        found.append(WeightInfo(f"{prefix}input_layernorm.weight", (d,), "norm", i))
+        found.append(WeightInfo(f"{prefix}post_attention_layernorm.weight", (d,), "norm", i))
+        for name, shape in linears.items():
+            found.append(WeightInfo(f"{prefix}{name}.weight", shape, "linear", i))
+            if args.attention_bias if name.startswith("self_attn") else args.mlp_bias:
+                found.append(WeightInfo(f"{prefix}{name}.bias", shape[:1], "bias", i))
+    found.append(WeightInfo("model.norm.weight", (d,), "norm"))
+    if not args.tie_word_embeddings:
+        found.append(WeightInfo("lm_head.weight", (args.vocab_size, d), "head"))
+    return found
+
+
+class Block:
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, args: Args, w: Weights, prefix: str) -> None:
+        self.attention_norm = RMSNorm(w.dense(f"{prefix}input_layernorm.weight"), args.rms_norm_eps, w.ops)
+        self.mlp_norm = RMSNorm(w.dense(f"{prefix}post_attention_layernorm.weight"), args.rms_norm_eps, w.ops)
+        self.qkv = w.linear(*(f"{prefix}self_attn.{n}_proj" for n in "qkv"))
+        self.o = w.linear(f"{prefix}self_attn.o_proj")
+        self.gate_up = w.linear(f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj")
+        self.down = w.linear(f"{prefix}mlp.down_proj")
+        self.attention = Attention(args.num_attention_heads, args.num_key_value_heads, args.head_dim, w.ops)
+        self.ops, self.activation = w.ops, args.activation
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        x = x + self.o(self.attention(self.qkv(self.attention_norm(x)), cos, sin, batch))
+        return x + self.down(self.ops.gated(self.gate_up(self.mlp_norm(x)), self.activation))
+
+
+class Model:
+    """ids int64 [T], positions int64 [T], batch -> logits float32 [W, vocab] of the wanted tokens."""
+
+    def __init__(self, args: Args, w: Weights) -> None:
+        self.args = args
+        self.embedding = w.linear("model.embed_tokens")
+        self.blocks = [Block(args, w, f"model.layers.{i}.") for i in range(args.num_hidden_layers)]
+        self.norm = RMSNorm(w.dense("model.norm.weight"), args.rms_norm_eps, w.ops)
+        self.head = self.embedding if args.tie_word_embeddings else w.linear("lm_head")
+        self.rope = Rope(args.rope, args.head_dim)
+
+    def allocate(self, rows: int, dtype: torch.dtype) -> None:
+        """Cache room for `rows` tokens in every layer."""
+        for block in self.blocks:
+            block.attention.allocate(rows, dtype)
+
+    def __call__(self, ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
+        x = self.embedding.rows(ids)
+        cos, sin = self.rope(positions)
+        for block in self.blocks:
+            x = block(x, cos, sin, batch)
+        if batch.wanted is not None:
+            x = x[batch.wanted]
+        return self.head(self.norm(x))
+
+
+# GGUF name -> canonical name; {} is the block's number
+GGUF = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "blk.{}.attn_norm.weight": "model.layers.{}.input_layernorm.weight",
+    "blk.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+    **{
+        f"blk.{{}}.{theirs}.{part}": f"model.layers.{{}}.{ours}.{part}"
+        for theirs, ours in {
+            "attn_q": "self_attn.q_proj",
+            "attn_k": "self_attn.k_proj",
+            "attn_v": "self_attn.v_proj",
+            "attn_output": "self_attn.o_proj",
+            "ffn_gate": "mlp.gate_proj",
+            "ffn_up": "mlp.up_proj",
+            "ffn_down": "mlp.down_proj",
+        }.items()
+        for part in ("weight", "bias")
+    },
+}
+
+
+def gguf_config(metadata: dict[str, Any], names: set[str], read: Callable[[str], Tensor]) -> dict[str, Any]:
+    """config.json of a GGUF file: its metadata, the tensor names it has, and a reader for small tensors."""
+    theirs = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": theirs.get("embedding_length"),
+        "intermediate_size": theirs.get("feed_forward_length"),
+        "num_hidden_layers": theirs.get("block_count"),
+        "num_attention_heads": theirs.get("attention.head_count"),
+        "num_key_value_heads": theirs.get("attention.head_count_kv", theirs.get("attention.head_count")),
+        "max_position_embeddings": theirs.get("context_length"),
+        "rms_norm_eps": theirs.get("attention.layer_norm_rms_epsilon", 1e-5),
+        "vocab_size": theirs.get("vocab_size"),
+        "hidden_act": "silu",
+        "tie_word_embeddings": "output.weight" not in names,
+        "attention_bias": "blk.0.attn_q.bias" in names,
+        "mlp_bias": "blk.0.ffn_up.bias" in names,
+    }
+    if "rope.dimension_count" in theirs:
+        config["head_dim"] = theirs["rope.dimension_count"]
+    factors = read("rope_freqs.weight") if "rope_freqs.weight" in names else None
+    config["rope_parameters"] = _gguf_rope(theirs, factors)
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _gguf_rope(theirs: dict[str, Any], factors: Tensor | None) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": float(theirs.get("rope.freq_base", 10000.0))}
+    kind = theirs.get("rope.scaling.type", "none")
+    if factors is not None:
+        # the file holds Llama 3.1's stretch as one divisor a frequency; find the parameters it was computed from
+        found = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0}
+        found |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        rope |= found
+        plain = RopeArgs(rope["rope_theta"]).frequencies(2 * len(factors))  # type: ignore[arg-type]
+        stretched = RopeArgs.from_config({"rope_parameters": rope}).frequencies(2 * len(factors))
+        if not torch.allclose(plain / stretched, factors, rtol=1e-3):
+            raise FewbitError(
+                "This GGUF file stretches its rotary frequencies in a way fewbit does not know.",
+                f"rope_freqs.weight has factors from {factors.min():g} to {factors.max():g}, not Llama 3.1's.",
+                "Use the model's safetensors folder instead.",
+            )
+    elif kind == "linear":
+        rope |= {"rope_type": "linear", "factor": float(theirs.get("rope.scaling.factor", 1.0))}
+    elif kind != "none":
+        rope["rope_type"] = str(kind)
+    return rope
+
+
+def gguf_rows(name: str, args: Args) -> Tensor | None:
+    """Row order that undoes llama.cpp's: it stores the two halves of a rotated head interleaved; None: as it is."""
+    heads = {"q_proj": args.num_attention_heads, "k_proj": args.num_key_value_heads}
+    layer = name.rpartition(".")[0].rpartition(".")[2]
+    if layer not in heads:
+        return None
+    theirs = torch.arange(heads[layer] * args.head_dim).reshape(heads[layer], args.head_dim // 2, 2)
+    return theirs.transpose(1, 2).reshape(-1)

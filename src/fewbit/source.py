@@ -1,0 +1,184 @@
+"""A checkpoint seen through its architecture: canonical names, config.json's vocabulary, checked shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fewbit import store
+from fewbit.checkpoint import Checkpoint, open_checkpoint
+from fewbit.errors import FewbitError
+from fewbit.formats import parse
+from fewbit.models import WeightInfo, find_model
+from fewbit.qtensor import QTensor
+
+FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Source:
+    """Reads a model's tensors by canonical (Hugging Face) names, whatever file they lie in.
+
+    Opening reads headers only and checks that every tensor the architecture needs is there in the right shape.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self.checkpoint, self.name = checkpoint, name
+        self._gguf = checkpoint.naming == "gguf"
+        config = checkpoint.config
+        model_type = config.get("general.architecture" if self._gguf else "model_type")
+        self.module: ModuleType = find_model(str(model_type))
+        self._stored: dict[str, str] = {}
+        for stored in checkpoint.names():
+            self._stored[self._canonical(stored)] = stored
+        if self._gguf:
+            config = self.module.gguf_config(config, set(checkpoint.names()), self._read_float)
+            if "vocab_size" not in config and "token_embd.weight" in checkpoint.names():
+                config["vocab_size"] = checkpoint.shape("token_embd.weight")[0]
+        self.config: dict[str, Any] = config
+        self.args = self.module.Args.from_config(config)
+        self.weights: list[WeightInfo] = self.module.weights(self.args)
+        self._check()
+
+    @property
+    def path(self) -> Path:
+        """Where the checkpoint lies."""
+        return self.checkpoint.path
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's own 16-bit (or 32-bit) type: what scales and unquantized tensors are stored in."""
+        specs = {self.spec(w.name) for w in self.weights if w.role != "norm"}
+        for spec in ("bf16", "f32"):
+            if spec in specs:
+                return FLOATS[spec]
+        # quantized sources: the type of their scales (a ggml block's is f16), or what config.json says
+        named = str(self.config.get("dtype") or self.config.get("torch_dtype") or "")
+        return getattr(torch, named, torch.float16) if named in ("bfloat16", "float32") else torch.float16
+
+    def _canonical(self, stored: str) -> str:
+        if not self._gguf:
+            return stored
+        block = stored.split(".")[1] if stored.startswith("blk.") else ""
+        pattern = stored.replace(f"blk.{block}.", "blk.{}.", 1) if block else stored
+        found: str = self.module.GGUF.get(pattern, stored)
+        return found.replace("{}", block, 1)
+
+    def _read_float(self, stored: str) -> torch.Tensor:
+        q = self.checkpoint.read(stored)
+        return parse(q.spec).dequantize(q)
+
+    def _check(self) -> None:
+        for w in self.weights:
+            if w.name not in self._stored:
+                raise FewbitError(
+                    f"The tensor {w.name!r} is missing.",
+                    f"{self.path} has {len(self._stored)} tensors; the config asks for {len(self.weights)}.",
+                    "Download the whole model again, or check that config.json belongs to these weights.",
+                )
+            found = self.checkpoint.shape(self._stored[w.name])
+            if found != w.shape:
+                raise FewbitError(
+                    f"The tensor {w.name!r} has the wrong shape.",
+                    f"The file has {found}, the config asks for {w.shape}.",
+                    "Check that config.json belongs to these weights.",
+                )
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds the tensor."""
+        return name in self._stored
+
+    def spec(self, name: str) -> str:
+        """Format spec of a tensor, from the header."""
+        return self.checkpoint.spec(self._stored[name])
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> QTensor:
+        """One tensor in canonical row order, or its rows [start, stop)."""
+        stored = self._stored[name]
+        order = self.module.gguf_rows(name, self.args) if self._gguf else None
+        if order is None:
+            return self.checkpoint.read(stored, rows)
+        q = self.checkpoint.read(stored)
+        return parse(q.spec).take(q, order if rows is None else order[slice(*rows)])
+
+
+def open_source(model: str | Path, progress: Callable[[str], None] | None = None) -> Source:
+    """Open an alias, a folder or a GGUF file; FewbitError where there is none, or it is broken or unknown."""
+    path = store.locate(str(model), progress)
+    return Source(open_checkpoint(path), str(model))
+
+
+@dataclass(frozen=True)
+class TensorLine:
+    """One stored tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    spec: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint holds, from headers alone. Bytes per spec count tensors; `weight_bytes` counts whole files."""
+
+    name: str
+    path: str
+    architecture: str
+    parameters: int
+    weight_bytes: int
+    float16_bytes: int
+    bits_per_weight: float
+    quantized: bool
+    context: int
+    # spec -> (tensors, weights, bytes)
+    specs: dict[str, tuple[int, int, int]]
+    tensors: list[TensorLine]
+    facts: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def describe(model: str | Path, progress: Callable[[str], None] | None = None) -> Description:
+    """Tensors, formats and sizes of a model; only headers are read."""
+    return describe_source(open_source(model, progress))
+
+
+def describe_source(source: Source) -> Description:
+    """The description of an opened model. `bits_per_weight` counts the matrices, with scales and zero points."""
+    lines = [
+        TensorLine(w.name, w.shape, spec := source.spec(w.name), parse(spec).nbytes(w.shape, source.dtype))
+        for w in source.weights
+    ]
+    specs: dict[str, tuple[int, int, int]] = {}
+    for line in lines:
+        tensors, weights, nbytes = specs.get(line.spec, (0, 0, 0))
+        specs[line.spec] = (tensors + 1, weights + _count(line.shape), nbytes + line.nbytes)
+    matrices = [line for line in lines if len(line.shape) > 1]
+    parameters = sum(_count(line.shape) for line in lines)
+    return Description(
+        name=source.name,
+        path=str(source.path),
+        architecture=str(source.config.get("model_type")),
+        parameters=parameters,
+        weight_bytes=source.checkpoint.weight_bytes(),
+        float16_bytes=2 * parameters,
+        bits_per_weight=8 * sum(m.nbytes for m in matrices) / sum(_count(m.shape) for m in matrices),
+        quantized=any(m.spec not in FLOATS for m in matrices),
+        context=source.args.max_position_embeddings,
+        specs=specs,
+        tensors=lines,
+        facts=source.checkpoint.facts(),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _count(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
