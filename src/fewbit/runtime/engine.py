@@ -1,0 +1,263 @@
+"""A loaded model: prompts in, text out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fewbit import kernels
+from fewbit.errors import FewbitError
+from fewbit.kernels.ops import Batch
+from fewbit.layers import Weights
+from fewbit.runtime.cache import PAGE_SIZE, PageAllocator
+from fewbit.runtime.cache import Sequence as CachedSequence
+from fewbit.runtime.sampler import Sampler, Sampling
+from fewbit.source import Source, open_source
+from fewbit.tokenizer import TextStream, Tokenizer
+
+Progress = Callable[[int, int, str], None]
+DEFAULT_CONTEXT = 8192
+# tokens of a prompt that run at once: bounds the activations' memory
+PREFILL_CHUNK = 512
+
+
+@dataclass
+class Stats:
+    """What an answer took; filled while it is generated. Rates are tokens a second."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    prompt_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    finish_reason: Literal["", "stop", "length"] = ""
+
+    @property
+    def prompt_rate(self) -> float:
+        """Prompt tokens that were not cached, a second."""
+        return (self.prompt_tokens - self.cached_tokens) / max(self.prompt_seconds, 1e-9)
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second after the first, which the prompt's time pays for."""
+        return max(self.new_tokens - 1, 0) / max(self.decode_seconds, 1e-9)
+
+
+class LanguageModel:
+    """A model in memory with its tokenizer and cache. `context` is the most tokens a conversation may have."""
+
+    def __init__(self, source: Source, exact: bool, context: int | None, progress: Progress | None = None) -> None:
+        self.source, self.name, self.exact = source, source.name, exact
+        self.tokenizer = Tokenizer(source.checkpoint.tokenizer())
+        self.context = self._checked(context)
+        self.backends = kernels.available(exact)
+        read = _counted(source, progress) if progress else source.read
+        weights = Weights(read, source.has, self.backends, self.backends[0].ops)
+        self.model: Any = source.module.Model(source.args, weights)
+        pages = -(-self.context // PAGE_SIZE)
+        # keys and values in 16 bits halve the cache; exact runs keep all of their bits
+        self.model.allocate(pages * PAGE_SIZE, torch.float32 if exact else torch.float16)
+        self.allocator = PageAllocator(pages)
+        self._kept = CachedSequence()
+        self._latest: object = None
+
+    def _checked(self, context: int | None) -> int:
+        limit = self.source.args.max_position_embeddings
+        if context is not None and not 0 < context <= limit:
+            raise FewbitError(
+                f"A context of {context:,} tokens is not possible.",
+                f"{self.name} was made for at most {limit:,}.",
+                f"Choose a context from 1 to {limit:,}.",
+            )
+        return context or min(limit, DEFAULT_CONTEXT)
+
+    @torch.inference_mode()
+    def forward(self, steps: Sequence[tuple[CachedSequence, Sequence[int]]], wanted: list[int] | None = None) -> Tensor:
+        """Append new tokens to each sequence and run them together in one step.
+
+        Returns float32 [W, vocab]: the logits of the tokens `wanted` (indices into the flat batch), by default the
+        last token of each sequence.
+        """
+        slots: list[int] = []
+        positions: list[int] = []
+        starts = [0]
+        for sequence, new in steps:
+            have = len(sequence.ids)
+            self.allocator.reserve(sequence, have + len(new))
+            positions += range(have, have + len(new))
+            slots += (sequence.slot(p) for p in range(have, have + len(new)))
+            starts.append(len(slots))
+            sequence.ids += new
+        longest = max(len(sequence.pages) for sequence, _ in steps)
+        batch = Batch(
+            slots=torch.tensor(slots),
+            pages=torch.tensor([s.pages + [0] * (longest - len(s.pages)) for s, _ in steps]),
+            lengths=torch.tensor([len(s.ids) for s, _ in steps]),
+            starts=torch.tensor(starts),
+            page_size=PAGE_SIZE,
+            wanted=torch.tensor([i - 1 for i in starts[1:]] if wanted is None else wanted),
+        )
+        ids = torch.tensor([i for _, new in steps for i in new])
+        logits: Tensor = self.model(ids, torch.tensor(positions), batch)
+        return logits
+
+    def prefill(self, sequence: CachedSequence, ids: Sequence[int]) -> Tensor:
+        """Run a prompt in chunks -> logits [vocab] of its last token."""
+        for i in range(0, len(ids), PREFILL_CHUNK):
+            logits = self.forward([(sequence, list(ids[i : i + PREFILL_CHUNK]))])
+        return logits[0]
+
+    def generate(
+        self,
+        prompt: str | list[int],
+        *,
+        max_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        """Continue a text (or token ids): an iterator of text pieces with `.stats`.
+
+        Stops at the model's end tokens, a `stop` string (not given out), `max_tokens`, or the end of the context.
+        Raises FewbitError where the prompt does not fit the context.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return Generation(self, self._fitting(ids), max_tokens, sampling or Sampling(), stop)
+
+    def chat(
+        self,
+        messages: str | Sequence[dict[str, Any]],
+        *,
+        max_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        """Answer a conversation (a list of {"role", "content"}, or one user message) through the chat template.
+
+        What the conversation shares with the one before is not computed again.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self.generate(self.tokenizer.render(messages), max_tokens=max_tokens, sampling=sampling, stop=stop)
+
+    def _fitting(self, ids: list[int]) -> list[int]:
+        if not ids:
+            raise FewbitError("The prompt is empty.", "It has no tokens.", "Give at least one character.")
+        if len(ids) >= self.context:
+            limit = self.source.args.max_position_embeddings
+            raise FewbitError(
+                "The prompt does not fit the context.",
+                f"It has {len(ids):,} tokens; the context holds {self.context:,}, one of them for the answer.",
+                f"Shorten the prompt, or load with a larger context (at most {limit:,}).",
+            )
+        size = self.source.args.vocab_size
+        if bad := [i for i in ids if not 0 <= i < size]:
+            raise FewbitError(
+                "The prompt has token ids the model does not know.",
+                f"The first is {bad[0]}; ids run from 0 to {size - 1:,}.",
+                "Check that the tokenizer belongs to the model.",
+            )
+        return ids
+
+    def begin(self, owner: object, ids: list[int]) -> tuple[CachedSequence, int]:
+        """Give the model's conversation to `owner`: the sequence, and how many leading tokens of `ids` it holds."""
+        self._latest = owner
+        # the last token must run again: its logits are what the answer begins with
+        shared = min(self._kept.common_prefix(ids), len(ids) - 1)
+        self.allocator.truncate(self._kept, shared)
+        return self._kept, shared
+
+    def owned_by(self, owner: object) -> bool:
+        """Whether no later answer has taken the conversation."""
+        return self._latest is owner
+
+
+class Generation(Iterator[str]):
+    """The pieces of one answer. A model holds one conversation: a newer answer ends an unfinished older one."""
+
+    def __init__(
+        self, model: LanguageModel, ids: list[int], max_tokens: int | None, sampling: Sampling, stop: Sequence[str]
+    ) -> None:
+        room = model.context - len(ids)
+        self.stats = Stats(prompt_tokens=len(ids))
+        self._pieces = self._run(model, ids, room if max_tokens is None else min(max_tokens, room), sampling, stop)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def _run(
+        self, model: LanguageModel, ids: list[int], budget: int, sampling: Sampling, stop: Sequence[str]
+    ) -> Iterator[str]:
+        stats, sampler, text = self.stats, Sampler(sampling), TextStream(model.tokenizer, stop)
+        sequence, stats.cached_tokens = model.begin(self, ids)
+        history = list(ids)
+        clock = time.perf_counter()
+        logits = model.prefill(sequence, ids[stats.cached_tokens :])
+        while stats.new_tokens < budget:
+            token = sampler(logits, history)
+            now = time.perf_counter()
+            if not stats.new_tokens:
+                stats.prompt_seconds = now - clock
+            else:
+                stats.decode_seconds += now - clock
+            stats.new_tokens += 1
+            if token in model.tokenizer.eos_ids:
+                stats.finish_reason = "stop"
+                break
+            history.append(token)
+            if piece := text.push(token):
+                yield piece
+            if text.stopped:
+                stats.finish_reason = "stop"
+                return
+            if not model.owned_by(self):
+                raise FewbitError(
+                    "This answer was ended by a newer one.",
+                    f"{stats.new_tokens} tokens had been given; a loaded model holds one conversation.",
+                    "Finish an answer before asking for the next, or load the model twice.",
+                )
+            clock = time.perf_counter()
+            if stats.new_tokens < budget:
+                logits = model.forward([(sequence, [token])])[0]
+        stats.finish_reason = stats.finish_reason or "length"
+        if rest := text.flush():
+            yield rest
+
+
+def _counted(source: Source, progress: Progress) -> Callable[[str], Any]:
+    total = len(source.weights)
+    done = 0
+
+    def read(name: str) -> Any:
+        nonlocal done
+        done += 1
+        progress(min(done, total), total, name)
+        return source.read(name)
+
+    return read
+
+
+def load(
+    model: str | Path,
+    *,
+    exact: bool = False,
+    context: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> LanguageModel:
+    """Load an alias, a folder or a GGUF file.
+
+    exact    float32 activations and the reference kernels: the definition, slower
+    context  most tokens of a conversation (default: the model's own limit, at most 8192)
+    threads  CPU threads (default: the cores this process may use)
+    Raises FewbitError where the model is missing, broken, of an unknown architecture, or the context impossible.
+    """
+    if threads is not None:
+        kernels.set_threads(threads)
+    note = (lambda text: progress(0, 1, text)) if progress else None
+    return LanguageModel(open_source(model, note), exact, context, progress)
