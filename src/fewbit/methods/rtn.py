@@ -1,0 +1,30 @@
+"""Round to nearest: fit the format's parameters to the weights, then take the nearest code of each. No data needed."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fewbit.formats import Format
+from fewbit.methods import Stats, Target
+from fewbit.qtensor import QTensor
+
+NEEDS: frozenset[str] = frozenset()
+
+
+def quantize(w: Tensor, fmt: Format, stats: Stats, target: Target) -> QTensor:
+    """w float32 [out, in] -> the nearest codes. `stats["importance"]` [in], where given, weighs the scale search."""
+    importance = stats.get("importance")
+    if importance is None and target.search:
+        importance = magnitude(w)
+    params = fmt.fit(w, importance, target.dtype, target.search)
+    return fmt.pack(fmt.round(w, params), params)
+
+
+def magnitude(w: Tensor) -> Tensor:
+    """How much an error in each weight is taken to matter when no data says it: sqrt(w^2 + the row's mean w^2).
+
+    Large weights meet large activations more often than not. On SmolLM2-135M (int4g64, windows 65-96 of the protocol)
+    it lowers mean KL from 0.434 (all weights alike) to 0.409; |w| alone gives 0.413.
+    """
+    square = w * w
+    return square.add_(square.mean(1, keepdim=True)).sqrt_()
