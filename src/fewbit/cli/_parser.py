@@ -1,0 +1,55 @@
+"""argparse with three-part errors that name the nearest option."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+from fewbit.cli._failures import UsageError
+from fewbit.errors import FewbitError
+from fewbit.lookup import nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of one verb."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        """Parse `argv`; raises UsageError (FewbitError) for anything left over."""
+        # intermixed: plain argparse decides that PROMPT is absent as soon as an option follows MODEL
+        args, extra = self.parse_known_intermixed_args(argv)
+        if not extra:
+            return args
+        first = extra[0]
+        if first.startswith("-"):
+            options = sorted({o for a in self._actions for o in a.option_strings if o.startswith("--")})
+            raise self._mistake(f"{self.prog} has no option {first!r}.", suggest(first.partition("=")[0], options))
+        raise self._mistake(
+            f"{self.prog} does not expect another argument: {first!r}.", "Quote an argument that holds spaces."
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """argparse's own complaint, in three parts."""
+        raise self._mistake(f"{self.prog}: {message}.", f"See `{self.prog} --help`.")
+
+    def _mistake(self, what: str, next_step: str) -> UsageError:
+        return UsageError(FewbitError(what, " ".join(self.format_usage().split()), next_step))
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """A sentence with the spellings nearest to `name`, or all of them."""
+    hint = nearest(name, known)
+    return hint[0].upper() + hint[1:]
+
+
+def count(text: str) -> int:
+    """An option's whole number from 1 up."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return number

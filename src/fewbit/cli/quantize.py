@@ -1,0 +1,74 @@
+"""`fewbit quantize`: a model in, a folder of few-bit weights out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fewbit.cli._parser import Parser
+from fewbit.cli._terminal import megabytes, print_json, progress, write
+
+if TYPE_CHECKING:
+    from fewbit.quantizer import Summary
+
+HELP = "store a model's weights in few bits"
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="alias, folder or .gguf file")
+    parser.add_argument(
+        "-o", "--output", metavar="OUT", required=True, type=Path, help="folder to write; must not exist"
+    )
+    bits = parser.add_mutually_exclusive_group()
+    bits.add_argument(
+        "--format", metavar="SPEC", help="intN, intNgM or intNgMa: N bits, M inputs share a scale (default int4g64)"
+    )
+    bits.add_argument("--bits", type=int, choices=range(2, 9), metavar="N", help="2 to 8; 8 means int8, others intNg64")
+    parser.add_argument("--method", default="rtn", help="how codes are chosen (default %(default)s)")
+    parser.add_argument(
+        "--head", default="int8", metavar="int8|16bit|SPEC", help="embedding and output head (default %(default)s)"
+    )
+    parser.add_argument(
+        "--scales",
+        choices=("search", "minmax"),
+        default="search",
+        help="least squared error, or the textbook map (default %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    import fewbit
+
+    with progress() as report:
+        summary = fewbit.quantize(
+            args.model,
+            args.output,
+            format=args.format or format_of_bits(args.bits or 4),
+            method=args.method,
+            head=args.head,
+            scales=args.scales,
+            progress=report,
+        )
+    if args.json:
+        print_json(summary.to_dict())
+    else:
+        write(describe(summary))
+    return 0
+
+
+def format_of_bits(bits: int) -> str:
+    """What `--bits N` stands for: 8 bits need no groups to be near lossless, fewer do."""
+    return "int8" if bits == 8 else f"int{bits}g64"
+
+
+def describe(summary: Summary) -> str:
+    """The summary in three lines."""
+    return (
+        f"{summary.path}: {summary.format} by {summary.method}, head {summary.head}, in {summary.seconds:.1f} s\n"
+        f"  {megabytes(summary.weight_bytes)} of weights, {summary.bits_per_weight:.2f} bits per weight\n"
+        f"  {summary.float16_bytes / summary.weight_bytes:.2f} x smaller than 16 bits "
+        f"({megabytes(summary.float16_bytes)}), {summary.source_bytes / summary.weight_bytes:.2f} x smaller than the "
+        f"source ({megabytes(summary.source_bytes)})\n"
+    )
