@@ -1,0 +1,78 @@
+"""Quality of round-to-nearest on a full-precision model, by the protocol of docs/architecture.md.
+
+    python benchmarks/quality.py MODEL_FOLDER TEXT [--windows 64] [--only int8]
+
+The marks are for SmolLM2-135M-Instruct and WikiText-2's raw test text. Writes the table of docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+from _marks import Mark, finish
+
+import fewbit
+from fewbit.evaluator import Quality
+
+# name, format, head, exact, bound on mean KL
+ROWS = [
+    ("int8, int8 head, exact", "int8", "int8", True, 0.006),
+    ("int8, int8 head, default kernels", "int8", "int8", False, 0.009),
+    ("int4g64, body only", "int4g64", "16bit", True, 0.455),
+    ("int4g64a, body only", "int4g64a", "16bit", True, 0.405),
+    ("int4g32, body only", "int4g32", "16bit", True, 0.36),
+]
+DOCS = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
+
+
+def table(found: list[tuple[str, Quality]]) -> str:
+    """The rows as Markdown."""
+    heads = ["format", "bits a weight", "MB", "PPL", "mean KL", "median", "p99", "top-1 %"]
+    rows = [heads, ["---"] * len(heads)]
+    for name, q in found:
+        perplexity, kl = f"{q.perplexity:.2f} ± {q.perplexity_error:.2f}", f"{q.mean_kl:.4f} ± {q.mean_kl_error:.4f}"
+        size = [f"{q.bits_per_weight:.2f}", f"{q.weight_bytes / 1e6:.1f}"]
+        rows.append([name, *size, perplexity, kl, f"{q.median_kl:.4f}", f"{q.p99_kl:.3f}", f"{100 * q.top1:.1f}"])
+    reference = found[0][1]
+    rows.append(["full precision", "16", "", f"{reference.reference_perplexity:.3f}", "0", "0", "0", "100"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--only", help="rows whose name holds this")
+    parser.add_argument("--scales", default="search", choices=("search", "minmax"))
+    args = parser.parse_args()
+    found, marks = [], []
+    folder = Path(tempfile.mkdtemp())
+    try:
+        for name, spec, head, exact, bound in ROWS:
+            if args.only and args.only not in name:
+                continue
+            out = folder / f"{spec}-{head}"
+            if not out.exists():
+                fewbit.quantize(args.model, out, format=spec, head=head, scales=args.scales)
+            quality = fewbit.evaluate(out, args.model, args.text, windows=args.windows, exact=exact)[0]
+            found.append((name, quality))
+            marks.append(Mark(f"mean KL, {name}", quality.mean_kl, bound))
+            print(marks[-1], flush=True)
+    finally:
+        shutil.rmtree(folder)
+    text = table(found)
+    print(text)
+    if not args.only and DOCS.exists():
+        page = DOCS.read_text()
+        before, _, rest = page.partition(BEGIN)
+        DOCS.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    finish("quality", marks, [{"row": name} | q.to_dict() for name, q in found])
+
+
+if __name__ == "__main__":
+    main()

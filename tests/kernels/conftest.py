@@ -1,0 +1,94 @@
+"""Tensors of every affine format with random codes, and the native backend put back as it was after each test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewbit.formats import parse
+from fewbit.formats.integer import IntegerFormat
+from fewbit.kernels import cpu
+from fewbit.qtensor import QTensor
+
+MakeTensor = Callable[..., QTensor]
+
+
+def _integer(fmt: IntegerFormat, rows: int, columns: int, dtype: torch.dtype, g: torch.Generator) -> QTensor:
+    codes = torch.randint(0, 2**fmt.bits, (rows, columns), generator=g, dtype=torch.uint8)
+    shape = (rows, fmt.groups(columns))
+    params = {"scale": (torch.rand(shape, generator=g) + 0.1).to(dtype)}
+    if fmt.asymmetric:
+        params["zero"] = torch.randint(0, 2**fmt.bits, shape, generator=g, dtype=torch.uint8)
+    return fmt.pack(codes, params)
+
+
+def _ggml(spec: str, rows: int, columns: int, g: torch.Generator) -> QTensor:
+    ((_, (_, shape)),) = parse(spec).layout((rows, columns), torch.float16).items()
+    size = {"gguf:q4_0": 18, "gguf:q4_1": 20, "gguf:q8_0": 34}[spec]
+    blocks = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8).reshape(rows, -1, size)
+    halves = 2 if spec == "gguf:q4_1" else 1
+    scales = (torch.rand(rows, blocks.shape[1], halves, generator=g) + 0.1).half()
+    blocks[..., : 2 * halves] = scales.view(torch.uint8)
+    return QTensor(spec, (rows, columns), {"blocks": blocks.reshape(shape)})
+
+
+@pytest.fixture
+def make_tensor() -> MakeTensor:
+    """make_tensor(spec, rows, columns, dtype=bfloat16): random codes, scales between 0.1 and 1.1."""
+
+    def make(spec: str, rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> QTensor:
+        g = torch.Generator().manual_seed(rows * 1000 + columns)
+        fmt = parse(spec)
+        if isinstance(fmt, IntegerFormat):
+            return _integer(fmt, rows, columns, dtype, g)
+        if spec.startswith("gguf:"):
+            return _ggml(spec, rows, columns, g)
+        return fmt.pack(fmt.round(torch.randn(rows, columns, generator=g), {}), {})
+
+    return make
+
+
+@pytest.fixture
+def native() -> Iterator[cpu.Cpu]:
+    """The native backend; its threads and instruction set are put back afterwards."""
+    backend = cpu.backend()
+    if backend is None:
+        pytest.skip("fewbit._cpu is not built")
+    threads, isa = backend.threads, backend.isa
+    yield backend
+    backend.set_threads(threads)
+    backend.set_isa(isa)
+
+
+@pytest.fixture(params=["scalar", "avx2", "avx512vnni"])
+def each_isa(request: pytest.FixtureRequest, native: cpu.Cpu) -> cpu.Cpu:
+    """The native backend on one instruction set after the other."""
+    if reason := native.instruction_sets()[request.param]:
+        pytest.skip(reason)
+    native.set_isa(request.param)
+    assert native.isa == request.param
+    return native
+
+
+@pytest.fixture
+def nan_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory from torch.empty holds NaN, so what a kernel leaves unwritten shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def random() -> Callable[..., Tensor]:
+    """random(*shape, seed=0): normal float32 whose magnitude varies from row to row and column to column."""
+
+    def make(*shape: int, seed: int = 0) -> Tensor:
+        g = torch.Generator().manual_seed(seed)
+        return torch.randn(*shape, generator=g) * torch.rand(*shape, generator=g).mul(4).exp()
+
+    return make

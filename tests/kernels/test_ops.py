@@ -1,0 +1,214 @@
+"""The native overrides of the operations around the products, against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewbit.kernels.cpu import CpuOps
+from fewbit.kernels.ops import Batch, Ops
+
+DEFINITION = Ops()
+CACHES = [torch.float32, torch.float16]
+
+
+@pytest.fixture
+def no_fallback(monkeypatch):
+    """The definitions fail, so a result is the native one."""
+
+    def fail(*args: object) -> Tensor:
+        raise AssertionError("fell back to the definition")
+
+    for name in ("rms_norm", "gated", "rotate_append", "attend"):
+        monkeypatch.setattr(Ops, name, fail)
+
+
+# taken before the fixture replaces them
+RMS_NORM, GATED, ROTATE, ATTEND = Ops.rms_norm, Ops.gated, Ops.rotate_append, Ops.attend
+
+
+@pytest.mark.usefixtures("nan_outputs", "no_fallback")
+@pytest.mark.parametrize("n", [1, 3, 8, 16, 17, 31, 33, 100, 576, 2048])
+def test_norm_and_gate(each_isa, random, n):
+    ops, weight = each_isa.ops, random(n, seed=1)
+    for tokens in (1, 2, 3, 17, 256):
+        x = random(tokens, n) * torch.tensor([1e-4, 1.0, 1e4])[torch.arange(tokens) % 3, None]
+        torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), RMS_NORM(ops, x, weight, 1e-5), rtol=1e-5, atol=1e-7)
+        gate_up = random(tokens, 2 * n, seed=2)
+        torch.testing.assert_close(ops.gated(gate_up, "silu"), GATED(ops, gate_up, "silu"), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("no_fallback")
+def test_gate_over_the_whole_range(each_isa):
+    gate = torch.cat([torch.linspace(-200, 200, 4001), torch.tensor([-1e5, 1e30, 0.0, -0.0, 1e-40])])
+    gate_up = torch.cat([gate, torch.ones_like(gate)])[None]
+    y, expected = each_isa.ops.gated(gate_up, "silu"), gate.double() * torch.sigmoid(gate.double())
+    # beyond -87 the exponential is held, which is nothing beside 1
+    torch.testing.assert_close(y[0].double(), expected, rtol=1e-6, atol=1e-30)
+    bad = torch.tensor([[float("nan"), 1.0, 1.0, 1.0]])
+    assert each_isa.ops.gated(bad, "silu").isnan().tolist() == [[True, False]]
+
+
+def heads_of(qkv: Tensor, heads: int, kv: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The strided views of a fused product that attention gets."""
+    q, k, v = qkv.unflatten(1, (heads + 2 * kv, width)).split((heads, kv, kv), dim=1)
+    return q, k, v
+
+
+@pytest.mark.usefixtures("nan_outputs", "no_fallback")
+@pytest.mark.parametrize("dtype", CACHES)
+@pytest.mark.parametrize(("heads", "kv", "width"), [(9, 3, 64), (4, 4, 32), (2, 1, 6), (1, 1, 2)])
+def test_rotate_append(each_isa, random, dtype, heads, kv, width):
+    ops = each_isa.ops
+    for tokens in (1, 3, 70):
+        q, k, v = heads_of(random(tokens, (heads + 2 * kv) * width), heads, kv, width)
+        angle = random(tokens, width // 2, seed=3)
+        slots = torch.randperm(100)[:tokens]
+        caches = [torch.full((100, kv, width), 7.0).to(dtype) for _ in range(4)]
+        mine = ops.rotate_append(q, k, v, angle.cos(), angle.sin(), slots, caches[0], caches[1])
+        theirs = ROTATE(ops, q, k, v, angle.cos(), angle.sin(), slots, caches[2], caches[3])
+        assert torch.equal(mine, theirs)
+        assert torch.equal(caches[0], caches[2])
+        assert torch.equal(caches[1], caches[3])
+
+
+@pytest.mark.usefixtures("no_fallback")
+def test_every_value_is_rounded_to_f16_as_torch_does(native):
+    edges = [
+        0.0,
+        5.9e-8,
+        2.9e-8,
+        2.99e-8,
+        6.1e-5,
+        6.0976e-5,
+        65504.0,
+        65519.9,
+        65520.0,
+        1e6,
+        float("inf"),
+        float("nan"),
+    ]
+    g = torch.Generator().manual_seed(5)
+    bits = torch.randint(-(2**31), 2**31, (4096,), generator=g).to(torch.int32)
+    v = torch.cat([torch.tensor(edges), -torch.tensor(edges), bits.view(torch.float32), torch.randn(4072, generator=g)])
+    halves = torch.arange(0x7C00, dtype=torch.int32).to(torch.uint16).view(torch.float16).float()
+    between = (halves[:-1] + halves[1:]) / 2
+    v = torch.cat([v, between])[: (len(v) + len(between)) // 16 * 16].reshape(-1, 1, 16)
+    k_cache, v_cache = (torch.zeros(len(v), 1, 16, dtype=torch.float16) for _ in range(2))
+    still = torch.ones(len(v), 8)
+    native.ops.rotate_append(v, v, v, still, still * 0, torch.arange(len(v)), k_cache, v_cache)
+    torch.testing.assert_close(v_cache, v.half(), rtol=0, atol=0, equal_nan=True)
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def batch_of(lengths: list[int], fresh: list[int], page_size: int, rows: int) -> Batch:
+    """Sequences on random pages of a cache of `rows` rows."""
+    most = max(-(-n // page_size) for n in lengths) + 1
+    order = torch.randperm(rows // page_size, generator=torch.Generator().manual_seed(sum(lengths)))
+    pages = torch.full((len(lengths), most), -7, dtype=torch.int64)
+    taken = 0
+    for i, n in enumerate(lengths):
+        used = -(-n // page_size)
+        pages[i, :used] = order[taken : taken + used]
+        taken += used
+    starts = torch.tensor([0, *torch.tensor(fresh).cumsum(0).tolist()])
+    return Batch(torch.empty(0, dtype=torch.int64), pages, torch.tensor(lengths), starts, page_size)
+
+
+ATTENTION = [
+    # lengths, new tokens, page size
+    ([1], [1], 4),
+    ([5, 1, 37], [1, 1, 1], 4),
+    ([33, 16, 8], [3, 16, 8], 16),
+    ([256, 257, 700], [1, 2, 16], 32),
+    ([513], [2], 1000),
+    ([300, 9], [0, 9], 1),
+]
+
+
+@pytest.mark.usefixtures("nan_outputs")
+@pytest.mark.parametrize("dtype", CACHES)
+@pytest.mark.parametrize(("heads", "kv", "width"), [(9, 3, 64), (4, 4, 16), (8, 1, 128)])
+@pytest.mark.parametrize(("lengths", "fresh", "page_size"), ATTENTION)
+def test_attention_on_the_paged_cache(each_isa, lengths, fresh, page_size, dtype, heads, kv, width):
+    rows, ops = 4000, each_isa.ops
+    batch = batch_of(lengths, fresh, page_size, rows)
+    q = normal(sum(fresh), heads, width, seed=1)
+    # what no sequence owns is NaN: nobody may look at it
+    k_cache, v_cache = (torch.full((rows, kv, width), float("nan"), dtype=dtype) for _ in range(2))
+    for i, n in enumerate(lengths):
+        at = batch.pages[i, torch.arange(n) // page_size] * page_size + torch.arange(n) % page_size
+        k_cache[at] = normal(n, kv, width, seed=2 + i).to(dtype)
+        v_cache[at] = normal(n, kv, width, seed=20 + i).to(dtype)
+    mine = ops.attend(q, k_cache, v_cache, batch, 0.2)
+    exact = ATTEND(ops, q.double(), k_cache, v_cache, batch, 0.2)
+    size = ATTEND(ops, q.double(), k_cache, v_cache.abs(), batch, 0.2)
+    # the scores' own rounding, a few 1e-7 of their magnitude (a few units), becomes a relative error of the weights
+    assert ((mine.double() - exact).abs() <= 1e-5 * size).all()
+    for threads in (1, 3):
+        each_isa.set_threads(threads)
+        assert torch.equal(ops.attend(q, k_cache, v_cache, batch, 0.2), mine)
+
+
+@pytest.mark.usefixtures("no_fallback")
+def test_one_token_attends_the_same_alone_and_in_a_batch(native, random):
+    k_cache, v_cache = random(600, 2, 32, seed=1), random(600, 2, 32, seed=2)
+    batch = batch_of([280, 300], [1, 1], 4, 600)
+    q = random(2, 4, 32, seed=3)
+    both = native.ops.attend(q, k_cache, v_cache, batch, 0.1)
+    for i in range(2):
+        alone = Batch(batch.slots, batch.pages[i : i + 1], batch.lengths[i : i + 1], torch.tensor([0, 1]), 4)
+        assert torch.equal(native.ops.attend(q[i : i + 1], k_cache, v_cache, alone, 0.1), both[i : i + 1])
+
+
+def test_what_the_native_code_does_not_take_goes_to_the_definition(native, random):
+    ops = native.ops
+    assert isinstance(ops, CpuOps)
+    x = random(4, 20)
+    assert torch.equal(ops.rms_norm(x.t(), x[:, 0].clone(), 1e-5), DEFINITION.rms_norm(x.t(), x[:, 0].clone(), 1e-5))
+    assert torch.equal(ops.gated(x, "gelu_tanh"), DEFINITION.gated(x, "gelu_tanh"))
+    with pytest.raises(ValueError, match="unknown gated"):
+        ops.gated(x, "relu")
+    batch = batch_of([40], [20], 8, 64)
+    for width, dtype in ((32, torch.float32), (20, torch.float32), (32, torch.bfloat16)):
+        q, cache = random(20, 4, width), random(64, 2, width).to(dtype)
+        expected = DEFINITION.attend(q, cache, cache, batch, 0.1)
+        assert torch.equal(ops.attend(q, cache, cache, batch, 0.1), expected)
+    q, k, v = heads_of(random(3, 4 * 16), 2, 1, 16)
+    caches = [torch.zeros(9, 1, 16, dtype=torch.bfloat16) for _ in range(4)]
+    angle, slots = random(3, 8), torch.tensor([8, 0, 3])
+    mine = ops.rotate_append(q, k, v, angle.cos(), angle.sin(), slots, caches[0], caches[1])
+    assert torch.equal(mine, DEFINITION.rotate_append(q, k, v, angle.cos(), angle.sin(), slots, caches[2], caches[3]))
+    assert torch.equal(caches[0], caches[2])
+
+
+def test_indices_that_leave_the_cache_are_refused(native, random):
+    ops, cache = native.ops, torch.zeros(64, 1, 16)
+    q, k, v = heads_of(random(2, 3 * 16), 1, 1, 16)
+    half = torch.zeros(2, 8)
+    for slots in ([0, 64], [-1, 0], [2**60, 1]):
+        with pytest.raises(IndexError, match="slots"):
+            ops.rotate_append(q, k, v, half, half, torch.tensor(slots), cache, cache)
+    assert not cache.any()
+    pages = torch.tensor([[0, 7]])
+    wrong = [
+        (torch.tensor([[0, 8]]), [10], [0, 2]),
+        (torch.tensor([[-1, 1]]), [10], [0, 2]),
+        (torch.tensor([[2**60, 1]]), [10], [0, 2]),
+        (pages, [17], [0, 2]),
+        (pages, [1], [0, 2]),
+        (pages, [10], [0, 1]),
+        (pages, [10], [1, 2]),
+    ]
+    # a page longer than the whole cache
+    short = Batch(torch.empty(0), torch.tensor([[0]]), torch.tensor([65]), torch.tensor([0, 2]), 100)
+    with pytest.raises(IndexError, match="leaves the cache"):
+        ops.attend(q.contiguous(), cache, cache, short, 1.0)
+    for table, lengths, starts in wrong:
+        batch = Batch(torch.empty(0), table, torch.tensor(lengths), torch.tensor(starts), 8)
+        with pytest.raises(IndexError, match="leaves the cache"):
+            ops.attend(q.contiguous(), cache, cache, batch, 1.0)

@@ -1,0 +1,149 @@
+"""Llama against transformers on tiny random configs; cached = uncached, batched = single, chunked = whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fewbit
+from fewbit.errors import FewbitError
+from fewbit.layers import RopeArgs
+from fewbit.runtime.cache import Sequence
+from fewbit.runtime.engine import LanguageModel
+from tests.conftest import write_folder
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {"tie_word_embeddings": False},
+    "one key-value head": {"num_key_value_heads": 1},
+    "all heads": {"num_key_value_heads": 4},
+    "wide heads": {"head_dim": 32},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "llama3 rope": {"rope_parameters": LLAMA3},
+    "linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}},
+    "float32": {"dtype": "float32"},
+}
+IDS = torch.randint(256, (70,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+def logits(model: LanguageModel, ids: list[int], chunk: int = 1000) -> torch.Tensor:
+    sequence, found = Sequence(), []
+    for i in range(0, len(ids), chunk):
+        new = ids[i : i + chunk]
+        found.append(model.forward([(sequence, new)], wanted=list(range(len(new)))))
+    model.allocator.truncate(sequence, 0)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
+def test_logits_equal_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = write_folder(tmp_path / "m", **changes)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([IDS])).logits[0]
+    got = logits(fewbit.load(folder, exact=True), IDS)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_cached_equals_uncached(tiny_folder: Path, chunk: int) -> None:
+    model = fewbit.load(tiny_folder, exact=True)
+    torch.testing.assert_close(logits(model, IDS, chunk), logits(model, IDS), rtol=1e-4, atol=1e-4)
+
+
+def test_batched_equals_single_with_scattered_pages(tiny_folder: Path) -> None:
+    model = fewbit.load(tiny_folder, exact=True)
+    texts = [IDS[:30], IDS[10:11], IDS[20:70] * 6]
+    expected = [logits(model, ids)[-1] for ids in texts]
+    model.allocator.free.reverse()
+    model.allocator.free[0], model.allocator.free[-1] = model.allocator.free[-1], model.allocator.free[0]
+    sequences = [Sequence() for _ in texts]
+    # the first step leaves one token of the longer ones, the second mixes prefill and decode
+    model.forward([(s, ids[:-1]) for s, ids in zip(sequences, texts, strict=True) if len(ids) > 1])
+    steps = [(s, ids[-1:]) for s, ids in zip(sequences, texts, strict=True)]
+    torch.testing.assert_close(model.forward(steps), torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_default_kernels_stay_near_the_definition(tiny_folder: Path) -> None:
+    exact, default = (logits(fewbit.load(tiny_folder, exact=e), IDS).log_softmax(-1) for e in (True, False))
+    kl = (exact.exp() * (exact - default)).sum(-1).mean()
+    assert 0 <= kl < 0.01
+
+
+def test_greedy_text_equals_transformers(tiny_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = fewbit.load(tiny_folder, exact=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    prompt = torch.tensor([IDS[:20]])
+    # without the mask, transformers takes tokens that equal the padding's id for padding
+    out = theirs.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=24,
+        do_sample=False,
+        eos_token_id=257,
+        pad_token_id=0,
+    )
+    generation = model.generate(IDS[:20], max_tokens=24)
+    assert "".join(generation) == model.tokenizer.decode(out[0, 20:].tolist())
+    assert generation.stats.finish_reason in ("length", "stop")
+
+
+def test_a_chat_reuses_what_it_has_cached(tiny_folder: Path) -> None:
+    model, fresh = (fewbit.load(tiny_folder, exact=True) for _ in range(2))
+    messages = [{"role": "user", "content": "one two three"}]
+    first = model.chat(messages, max_tokens=8)
+    answer = "".join(first)
+    assert first.stats.cached_tokens == 0
+    messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "four"}]
+    second = model.chat(messages, max_tokens=8)
+    assert "".join(second) == "".join(fresh.chat(messages, max_tokens=8))
+    assert second.stats.cached_tokens >= 30
+
+
+def test_context_overflow_says_the_numbers(tiny_folder: Path) -> None:
+    model = fewbit.load(tiny_folder, context=16)
+    with pytest.raises(FewbitError, match=r"16 tokens; the context holds 16"):
+        model.generate(IDS[:16])
+    generation = model.generate(IDS[:10])
+    list(generation)
+    assert generation.stats.new_tokens <= 6
+    assert generation.stats.finish_reason in ("length", "stop")
+    with pytest.raises(FewbitError, match=r"at most 1,024"):
+        fewbit.load(tiny_folder, context=4096)
+
+
+def test_a_newer_answer_ends_an_older_one(tiny_folder: Path) -> None:
+    model = fewbit.load(tiny_folder, exact=True)
+    first = model.generate(IDS[:9], max_tokens=40)
+    next(first)
+    expected = "".join(model.generate(IDS[9:19], max_tokens=5))
+    with pytest.raises(FewbitError, match="newer"):
+        list(first)
+    assert "".join(model.generate(IDS[9:19], max_tokens=5)) == expected
+
+
+def test_bad_token_ids_and_empty_prompts_are_errors(tiny_folder: Path) -> None:
+    model = fewbit.load(tiny_folder)
+    for ids in ([320], [-1], []):
+        with pytest.raises(FewbitError):
+            model.generate(ids)
+
+
+def test_unknown_rope_scaling_is_an_error() -> None:
+    with pytest.raises(FewbitError, match="yarn"):
+        RopeArgs.from_config({"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 1e4})
+
+
+def test_old_spelling_of_rope_means_the_same() -> None:
+    new = RopeArgs.from_config({"rope_parameters": LLAMA3})
+    old = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
+    assert RopeArgs.from_config({"rope_theta": 10000.0, "rope_scaling": old}) == new

@@ -1,0 +1,139 @@
+"""Imports go one way, names mean one thing, and nothing heavy is loaded before it is needed."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fewbit
+
+ROOT = Path(fewbit.__file__).parent
+
+# what each part of fewbit may import; the order is the order of the layers
+LOW = {"errors", "lookup", "qtensor"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "memory": set(),
+    "lookup": {"errors"},
+    "qtensor": {"errors"},
+    "store": {"errors", "lookup"},
+    "formats": LOW,
+    "methods": LOW | {"formats"},
+    "kernels": LOW | {"formats"},
+    "layers": LOW | {"formats", "kernels"},
+    "models": LOW | {"formats", "kernels", "layers"},
+    "checkpoint": LOW | {"formats"},
+    "tokenizer": {"errors", "checkpoint"},
+    "calibration": {"errors", "tokenizer"},
+    "source": LOW | {"formats", "models", "checkpoint", "store"},
+    "quantizer": LOW | {"formats", "methods", "models", "checkpoint", "tokenizer", "store", "source"},
+    "runtime": LOW | {"formats", "kernels", "layers", "models", "checkpoint", "tokenizer", "store", "source", "memory"},
+}
+MAY_IMPORT["evaluator"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
+# the public names and the command line stand above all
+TOP = {"__init__", "cli"}
+# the compiled kernels are read through the kernels package
+NATIVE = "_cpu"
+OTHERS = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "rich"}
+
+
+def part(path: Path) -> str:
+    """`formats` of src/fewbit/formats/integer.py, `errors` of src/fewbit/errors.py."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> list[tuple[int, str]]:
+    """(line, dotted name) of everything a file imports, wherever in it."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "fewbit":
+            found.append((node.lineno, f"fewbit.{node.attr}"))
+    return found
+
+
+def wrong_imports(path: Path) -> list[str]:
+    here = part(path)
+    allowed = MAY_IMPORT[here] | {here, "__version__"}
+    if here == "kernels":
+        allowed.add(NATIVE)
+    wrong = []
+    for line, name in imported(path):
+        package, _, rest = name.partition(".")
+        if package == "fewbit" and rest and rest.split(".")[0] not in allowed:
+            wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    return wrong
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(FILES) > 25
+    unplaced = {part(f) for f in FILES} - set(MAY_IMPORT) - TOP
+    assert not unplaced, f"say in MAY_IMPORT where these stand: {unplaced}"
+
+
+def test_imports_go_one_way() -> None:
+    assert [w for f in FILES if part(f) not in TOP for w in wrong_imports(f)] == []
+
+
+def test_the_table_itself_goes_one_way() -> None:
+    order = list(MAY_IMPORT)
+    for name, allowed in MAY_IMPORT.items():
+        assert {order.index(a) < order.index(name) for a in allowed} <= {True}, name
+
+
+def test_only_declared_packages_are_imported() -> None:
+    for file in FILES:
+        for line, name in imported(file):
+            package = name.split(".")[0]
+            known = package in OTHERS or package in sys.stdlib_module_names or package in ("fewbit", "__future__")
+            assert known, f"{file}:{line} imports {name}"
+            assert package != "rich" or part(file) == "cli", f"{file}:{line}: only the command line draws"
+
+
+def test_no_module_shares_a_name_with_a_function_of_its_package() -> None:
+    for init in ROOT.rglob("__init__.py"):
+        modules = {p.stem for p in init.parent.glob("*.py")} | {
+            p.parent.name for p in init.parent.glob("*/__init__.py")
+        }
+        tree = ast.parse(init.read_text(encoding="utf-8"))
+        functions = {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        assert not modules & functions, init
+    top = {p.stem for p in ROOT.glob("*.py")} | {p.parent.name for p in ROOT.glob("*/__init__.py")}
+    assert not top & set(fewbit.__all__)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import fewbit",
+        "from fewbit.cli import main; main(['--help'])",
+        "from fewbit.cli import main; main(['--version'])",
+        "from fewbit.cli import main; main(['ls'])",
+        "from fewbit.cli import main; main(['no-such-command'])",
+        "from fewbit.cli import main; main(['run', '--no-such-option'])",
+    ],
+)
+def test_nothing_heavy_is_loaded_early(code: str, tmp_path: Path) -> None:
+    code += "; import json, sys; print('\\n' + json.dumps(sorted(m.split('.')[0] for m in sys.modules)))"
+    home = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=home)
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    heavy = {"torch", "numpy", "transformers", "tokenizers", "safetensors", "jinja2"}
+    if "'ls'" not in code:
+        # a table is drawn by rich
+        heavy.add("rich")
+    assert not loaded & heavy
+    assert "fewbit" in loaded
