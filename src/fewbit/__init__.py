@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from fewbit.errors import FewbitError
@@ -14,6 +13,8 @@ if TYPE_CHECKING:
     from fewbit.quantizer import quantize
     from fewbit.runtime.engine import load
 
+    __version__: str
+
 __all__ = ["FewbitError", "QTensor", "__version__", "evaluate", "load", "quantize"]
 
 # public names are imported at first use: `import fewbit` must not cost the seconds that torch does
@@ -23,10 +24,13 @@ _HOMES = {
     "quantize": "fewbit.quantizer",
     "load": "fewbit.runtime.engine",
 }
-__version__ = version("fewbit")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("fewbit")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'fewbit' has no attribute {name!r}")

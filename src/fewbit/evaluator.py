@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit import kernels
 from fewbit.calibration import read_text, windows
 from fewbit.errors import FewbitError
 from fewbit.runtime.cache import Sequence as CachedSequence
-from fewbit.runtime.engine import LanguageModel, load
+from fewbit.runtime.engine import LanguageModel, load, set_threads
 from fewbit.source import describe_source
 
 Progress = Callable[[int, int, str], None]
@@ -98,13 +97,14 @@ def evaluate(
     Raises FewbitError where the text is too short or the models' vocabularies differ.
     """
     if threads is not None:
-        kernels.set_threads(threads)
+        set_threads(threads)
     candidates = [models] if isinstance(models, str | Path) else list(models)
     reference = load(against, exact=True, context=None)
     tokens = _windows(reference, Path(text), windows)
     found = []
     loaded = [load(model, exact=exact) for model in candidates]
     for model in loaded:
+        _check_context(model)
         if model.source.args.vocab_size != reference.source.args.vocab_size:
             raise FewbitError(
                 f"{model.name} and {reference.name} have different vocabularies.",
@@ -114,10 +114,10 @@ def evaluate(
     scores: list[list[Scores]] = [[] for _ in loaded]
     for i, window in enumerate(tokens):
         expected = window_logits(reference, window)
-        for model, kept in zip(loaded, scores, strict=True):
+        for j, (model, kept) in enumerate(zip(loaded, scores, strict=True)):
             kept.append(score(expected, window_logits(model, window), window[FIRST_SCORED + 1 :]))
             if progress:
-                progress(i * len(loaded) + len(scores[0]), len(tokens) * len(loaded), f"window {i + 1}")
+                progress(i * len(loaded) + j + 1, len(tokens) * len(loaded), f"window {i + 1} of {len(tokens)}")
     for model, kept in zip(loaded, scores, strict=True):
         found.append(_summary(model, kept))
     return found
@@ -126,13 +126,17 @@ def evaluate(
 def _windows(reference: LanguageModel, text: Path, most: int) -> Tensor:
     if most < 1:
         raise FewbitError("No window to score.", f"Asked for {most}.", "Give --windows 1 or more.")
-    if reference.context < WINDOW:
+    _check_context(reference)
+    return windows(read_text(text), reference.tokenizer, WINDOW, most)
+
+
+def _check_context(model: LanguageModel) -> None:
+    if model.context < WINDOW:
         raise FewbitError(
-            f"{reference.name} is too small to measure.",
-            f"Its context is {reference.context}; a window takes {WINDOW} tokens.",
+            f"{model.name} is too small to measure.",
+            f"Its context is {model.context}; a window takes {WINDOW} tokens.",
             "Use a model with a longer context.",
         )
-    return windows(read_text(text), reference.tokenizer, WINDOW, most)
 
 
 def _summary(model: LanguageModel, scores: list[Scores]) -> Quality:

@@ -28,6 +28,8 @@ class Weights:
     has: Callable[[str], bool]
     backends: Sequence[Backend]
     ops: Ops
+    # one line for each reason why the slow reference had to run something
+    notes: list[str]
 
     def dense(self, name: str) -> Tensor:
         """A small tensor (norm, bias) in float32."""
@@ -49,10 +51,12 @@ class Weights:
         return Linear(backend, backend.prepare(tensors), bias)
 
     def _choose(self, names: Sequence[str], tensors: list[QTensor]) -> Backend:
-        reasons = []
+        reasons: list[str] = []
         for backend in self.backends:
             refusals = [reason for q in tensors if (reason := backend.refuses(q))]
             if not refusals:
+                if backend.priority == 0 and reasons and reasons[0] not in self.notes:
+                    self.notes.append(reasons[0])
                 return backend
             reasons.append(f"{backend.name}: {refusals[0]}")
         raise FewbitError(

@@ -17,7 +17,7 @@ import torch
 
 import fewbit
 from fewbit import store
-from fewbit.checkpoint.compressed_tensors import Planned, Writer, quantization_config
+from fewbit.checkpoint._writer import Planned, Writer, quantization_config
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
 from fewbit.lookup import find
@@ -53,19 +53,22 @@ class Summary:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which spec each tensor gets: `format` for the linears of the blocks, `head` for embedding and output head."""
+    """Which spec each tensor gets: `format` for the linears of the blocks, `head` for embedding and output head.
+
+    `sixteen` is what 16 bits mean for the model: f16 or bf16.
+    """
 
     format: str
     head: str
-    keep: str
+    sixteen: str
 
-    def spec(self, w: WeightInfo) -> str:
-        """The spec of a tensor; norms and biases keep the model's own float type."""
+    def spec(self, w: WeightInfo, stored: str) -> str:
+        """The spec of a tensor; norms and biases stay as they are `stored`."""
         if w.role == "linear":
             return self.format
         if w.role in ("embedding", "head"):
-            return self.keep if self.head == "16bit" else self.head
-        return self.keep
+            return self.sixteen if self.head == "16bit" else self.head
+        return stored if stored in FLOATS else self.sixteen
 
 
 def quantize(
@@ -108,10 +111,17 @@ def quantize(
             _companions(writer, source, plan)
             _walk(writer, source, plan, chosen, Target(source.dtype, scales == "search"), progress)
     except OSError as e:
-        raise _no_room(e, out) from e
-    store.remember(out, {"format": format, "method": method, "source": source.name})
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise FewbitError(
+            "The disk is full.",
+            f"Writing {out} stopped: {e.strerror}; what was written is removed.",
+            "Free some space, or choose an output folder on another disk.",
+        ) from e
     seconds = time.perf_counter() - start
     found = describe(out)
+    bits = round(found.bits_per_weight, 2)
+    store.remember(out, {"format": format, "method": method, "head": head, "bits_per_weight": bits})
     return Summary(
         str(out), format, method, head, seconds, found.weight_bytes, facts["source_bytes"], found.float16_bytes,
         found.bits_per_weight,
@@ -132,7 +142,7 @@ def _writable(spec: str) -> None:
 def _plan(source: Source, recipe: Recipe) -> list[Planned]:
     plan = []
     for w in source.weights:
-        spec = recipe.spec(w)
+        spec = recipe.spec(w, source.spec(w.name))
         if reason := parse(spec).accepts(w.shape):
             raise FewbitError(f"{w.name} can't be stored as {spec}.", f"{reason}.", "Choose another format.")
         plan.append(Planned(w.name, spec, w.shape))
@@ -196,34 +206,22 @@ def _quantized(source: Source, planned: Planned, method: ModuleType, target: Tar
     for part in slices:
         q = source.read(planned.name, part)
         w = parse(q.spec).dequantize(q)
-        if not torch.isfinite(w.sum()):
-            _name_the_broken(planned.name, w, part)
-        yield (
-            fmt.pack(w.to(FLOATS[planned.spec]), {}) if planned.spec in FLOATS else method.quantize(w, fmt, {}, target)
-        )
+        if planned.spec in FLOATS:
+            # also what the narrower type can't hold
+            w = w.to(FLOATS[planned.spec])
+        if not torch.isfinite(w.float().sum()):
+            _name_the_broken(planned, w, part)
+        yield fmt.pack(w, {}) if planned.spec in FLOATS else method.quantize(w, fmt, {}, target)
 
 
-def _name_the_broken(name: str, w: torch.Tensor, part: tuple[int, int] | None) -> None:
+def _name_the_broken(planned: Planned, w: torch.Tensor, part: tuple[int, int] | None) -> None:
     broken = ~torch.isfinite(w)
     if count := int(broken.sum()):
         first = [int(i) for i in broken.nonzero()[0]]
         first[0] += part[0] if part else 0
+        as_stored = f" as {planned.spec}" if planned.spec in FLOATS else ""
         raise FewbitError(
-            f"The tensor {name!r} holds NaN or infinity.",
+            f"The tensor {planned.name!r} holds NaN or infinity{as_stored}.",
             f"{count:,} of {w.numel():,} weights; the first at {first}.",
-            "The checkpoint is damaged: download it again, or ask its author.",
+            "The checkpoint is damaged, or its weights are too large for the type: download it again, or keep bf16.",
         )
-
-
-def _no_room(error: OSError, out: Path) -> Exception:
-    if error.errno != errno.ENOSPC:
-        return FewbitError(
-            f"The output {str(out)!r} can't be written.",
-            f"{error.strerror or error}.",
-            "Check the folder's permissions, or choose another output.",
-        )
-    return FewbitError(
-        "The disk is full.",
-        f"Writing {out} stopped: {error.strerror}; what was written is removed.",
-        "Free some space, or choose an output folder on another disk.",
-    )

@@ -52,14 +52,15 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The model's own 16-bit (or 32-bit) type: what scales and unquantized tensors are stored in."""
-        specs = {self.spec(w.name) for w in self.weights if w.role != "norm"}
-        for spec in ("bf16", "f32"):
-            if spec in specs:
-                return FLOATS[spec]
-        # quantized sources: the type of their scales (a ggml block's is f16), or what config.json says
+        """The 16-bit type that suits the model: what scales and a head kept in 16 bits are stored in.
+
+        bf16 unless the matrices are f16; of a quantized source, what config.json says, or f16 (ggml's scales are).
+        """
+        specs = {self.spec(w.name) for w in self.weights if len(w.shape) > 1}
+        if specs & {"bf16", "f32"}:
+            return torch.bfloat16
         named = str(self.config.get("dtype") or self.config.get("torch_dtype") or "")
-        return getattr(torch, named, torch.float16) if named in ("bfloat16", "float32") else torch.float16
+        return torch.bfloat16 if named in ("bfloat16", "float32") and "f16" not in specs else torch.float16
 
     def _canonical(self, stored: str) -> str:
         if not self._gguf:
@@ -153,8 +154,9 @@ def describe(model: str | Path, progress: Callable[[str], None] | None = None) -
 
 def describe_source(source: Source) -> Description:
     """The description of an opened model. `bits_per_weight` counts the matrices, with scales and zero points."""
+    dtype = source.dtype
     lines = [
-        TensorLine(w.name, w.shape, spec := source.spec(w.name), parse(spec).nbytes(w.shape, source.dtype))
+        TensorLine(w.name, w.shape, spec := source.spec(w.name), parse(spec).nbytes(w.shape, dtype))
         for w in source.weights
     ]
     specs: dict[str, tuple[int, int, int]] = {}

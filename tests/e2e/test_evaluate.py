@@ -56,6 +56,19 @@ def test_a_model_against_itself_loses_nothing(tiny_folder: Path, text: Path) -> 
         assert quality.tokens == 255
 
 
+def test_progress_rises_to_its_total(tiny_folder: Path, text: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    fewbit.evaluate([tiny_folder] * 3, tiny_folder, text, progress=lambda done, total, _: seen.append((done, total)))
+    assert seen == [(i + 1, 6) for i in range(6)]
+
+
+def test_a_context_shorter_than_a_window_is_said(tiny_folder: Path, tmp_path: Path, text: Path) -> None:
+    small = write_folder(tmp_path / "small", max_position_embeddings=256)
+    for pair in ((small, tiny_folder), (tiny_folder, small)):
+        with pytest.raises(FewbitError, match="too small to measure"):
+            fewbit.evaluate(*pair, text)
+
+
 def test_a_bos_takes_the_place_of_the_first_token(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
     from fewbit.calibration import windows
 

@@ -164,6 +164,15 @@ def test_zero_tiny_huge_and_one_sided_groups(spec: str, dtype: torch.dtype) -> N
         torch.testing.assert_close(got[2:], rows[2:], rtol=0.02, atol=0.3)
 
 
+def test_small_weights_keep_their_precision_in_f16_scales() -> None:
+    w = random_matrix(8, 64, 2) * 1e-4
+    fmt = parse("int8")
+    for dtype in (torch.float16, torch.bfloat16):
+        params = fmt.fit(w, dtype=dtype)
+        error = (fmt.value(fmt.round(w, params), params) - w).norm() / w.norm()
+        assert error < 0.02
+
+
 def test_codes_are_chosen_after_the_scale_is_rounded() -> None:
     w = random_matrix(64, 64, 5)
     fmt = parse("int8")

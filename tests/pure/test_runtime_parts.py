@@ -107,6 +107,10 @@ def test_top_p_beyond_the_first_look_takes_enough_tokens() -> None:
     assert len(seen) > 1500
 
 
+def test_a_temperature_next_to_zero_is_greedy() -> None:
+    assert Sampler(Sampling(temperature=1e-40, seed=1))(LOGITS, ()) == 0
+
+
 def test_repetition_penalty_divides_positive_and_multiplies_negative() -> None:
     sampler = Sampler(Sampling(repetition_penalty=3.0))
     assert sampler(torch.tensor([2.0, 1.0]), [0, 0]) == 1
@@ -123,6 +127,7 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative() -> None:
         {"min_p": 1.0},
         {"repetition_penalty": 0.0},
         {"temperature": float("nan")},
+        {"seed": 10**20},
     ],
 )
 def test_settings_out_of_range_are_errors(setting: dict[str, float]) -> None:

@@ -60,7 +60,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     prompt = args.prompt
-    if prompt is None and not sys.stdin.isatty():
+    if prompt is None and (sys.stdin is None or not sys.stdin.isatty()):
         prompt = _read_standard_input()
     _check(args, prompt)
     from fewbit.runtime.sampler import Sampling
@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
 
     with progress() as report:
         model = fewbit.load(args.model, exact=args.exact, context=args.context, threads=args.threads, progress=report)
+    for reason in model.notes:
+        note(f"note: the slow reference kernel runs part of this model. {reason}")
     system = [{"role": "system", "content": args.system}] if args.system else []
     if prompt is None:
         from fewbit.cli._chat import Chat
@@ -93,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read_standard_input() -> str:
-    data = sys.stdin.buffer.read()
+    data = b"" if sys.stdin is None else sys.stdin.buffer.read()
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

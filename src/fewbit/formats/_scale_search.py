@@ -29,8 +29,9 @@ def fractions(bits: int) -> list[float]:
 
 def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 scales rounded to `dtype`, never zero and never infinite; a group of zeros gets scale 1."""
-    limits = torch.finfo(dtype)
-    size = scale.abs().clamp(limits.tiny, limits.max)
+    # f16 keeps small scales as subnormals; the others' normals are small enough, and 1 / scale stays finite
+    least = 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
+    size = scale.abs().clamp(least, torch.finfo(dtype).max)
     signed = torch.where(scale < 0, -size, size).to(dtype).float()
     return torch.where(scale == 0, torch.ones_like(signed), signed)
 

@@ -165,11 +165,12 @@ def _on_all_cores(work: Callable[[int], Params], starts: range, device: torch.de
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or len(starts) == 1:
         return [work(start) for start in starts]
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        found = list(pool.map(work, starts))
-    # the workers' setting is also the default of threads to come
-    torch.set_num_threads(threads)
-    return found
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, starts))
+    finally:
+        # the workers' setting is also the default of threads to come
+        torch.set_num_threads(threads)
 
 
 def _slices(w: Tensor, params: Params) -> Iterator[tuple[slice, Params]]:

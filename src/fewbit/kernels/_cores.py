@@ -19,6 +19,11 @@ def physical_cores(root: Path = _SYSTEM) -> int:
     return max(1, min(len(siblings), _quota(root) or len(siblings)))
 
 
+def most_threads() -> int:
+    """What a caller may ask for: beyond four threads a logical CPU they only wait for one another."""
+    return max(16, 4 * (os.cpu_count() or 1))
+
+
 def _quota(root: Path) -> int | None:
     """Whole CPUs of the control group's quota, rounded up; None where there is no limit."""
     limit, _, period = (_read(root / "sys/fs/cgroup/cpu.max") or "").partition(" ")

@@ -18,7 +18,7 @@ from torch import Tensor
 from fewbit.errors import FewbitError
 from fewbit.formats import Affine, parse
 from fewbit.kernels import Backend, Packed
-from fewbit.kernels._cores import physical_cores
+from fewbit.kernels._cores import most_threads, physical_cores
 from fewbit.kernels.ops import Batch, Ops
 from fewbit.qtensor import QTensor
 
@@ -59,7 +59,10 @@ class _Kind:
 
 
 class Cpu(Backend):
-    """Everything that is `scale * code + offset` with groups of whole blocks of 32 columns."""
+    """Everything that is `scale * code + offset` with groups of whole blocks of 32 columns.
+
+    Threads, until told otherwise: the physical cores, but no more than torch uses (it obeys OMP_NUM_THREADS).
+    """
 
     name = "cpu"
     priority = 20
@@ -67,17 +70,19 @@ class Cpu(Backend):
     def __init__(self, native: ModuleType) -> None:
         self.native = native
         self.ops = CpuOps(native)
-        native.set_threads(physical_cores())
+        native.set_threads(min(physical_cores(), torch.get_num_threads()))
 
     @property
     def threads(self) -> int:
-        """Threads that take part in a call."""
+        """Threads that take part in a call; after the first call, those that the system granted."""
         return int(self.native.threads())
 
     def set_threads(self, count: int) -> None:
-        """Use `count` threads from now on."""
+        """Use `count` threads from now on; ValueError where it is below 1 or beyond `most_threads`."""
         if count < 1:
             raise ValueError(f"threads must be at least 1, got {count}")
+        if count > (most := most_threads()):
+            raise ValueError(f"threads must be at most {most} on this machine, got {count}")
         self.native.set_threads(count)
 
     @property

@@ -1,4 +1,7 @@
-"""Weights in floating point, kept and multiplied in the dtype they are stored in."""
+"""Weights in floating point, kept in the dtype they are stored in and multiplied in it, but for f16.
+
+f16 weights are widened to float32 slice by slice: activations can be larger than the largest f16.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,12 @@ from fewbit.kernels import Backend, Packed
 from fewbit.qtensor import QTensor
 
 SPECS = ("f32", "f16", "bf16")
+# f16 weights that are widened at a time
+SLICE_WEIGHTS = 1 << 22
 
 
 class Dense(Backend):
-    """f32, f16 and bf16 through torch; activations are rounded to the weights' dtype."""
+    """f32, f16 and bf16 through torch; activations are rounded to bf16 for bf16 weights."""
 
     name = "dense"
     priority = 10
@@ -38,7 +43,10 @@ class Dense(Backend):
     def matmul(self, x: Tensor, packed: Packed) -> Tensor:
         """x [T, in] float32 -> [T, out] float32."""
         weight: Tensor = packed.data
-        return F.linear(x.to(weight.dtype), weight).float()
+        if weight.dtype != torch.float16:
+            return F.linear(x.to(weight.dtype), weight).float()
+        rows = max(1, SLICE_WEIGHTS // weight.shape[1])
+        return torch.cat([F.linear(x, part.float()) for part in weight.split(rows)], dim=1)
 
     def rows(self, packed: Packed, ids: Tensor) -> Tensor:
         """Rows `ids` [T] -> float32 [T, in]; IndexError where one is out of range."""

@@ -61,8 +61,8 @@ class Ops:
         """Rotate q [T, H, D] and k [T, KV, D] by cos, sin [T, D/2] (Su et al. 2021; halves, not pairs); write the
         rotated k and v [T, KV, D] to rows `slots` of the caches [R, KV, D]; return the rotated q [T, H, D].
         """
-        k_cache[slots] = _rotate(k, cos, sin).to(k_cache.dtype)
-        v_cache[slots] = v.to(v_cache.dtype)
+        k_cache[slots] = _cached(_rotate(k, cos, sin), k_cache.dtype)
+        v_cache[slots] = _cached(v, v_cache.dtype)
         return _rotate(q, cos, sin)
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
@@ -98,6 +98,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     c, s = cos[:, None], sin[:, None]
     return torch.cat((a * c - b * s, b * c + a * s), dim=-1)
+
+
+def _cached(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the cache's dtype; float16 holds at its largest what is beyond: an infinity would make all scores NaN."""
+    if dtype is torch.float16:
+        limit = torch.finfo(dtype).max
+        x = x.clamp(-limit, limit)
+    return x.to(dtype)
 
 
 def _gather(cache: Tensor, pages: Tensor, page_size: int, length: int) -> Tensor:

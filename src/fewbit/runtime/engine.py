@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ Progress = Callable[[int, int, str], None]
 DEFAULT_CONTEXT = 8192
 # tokens of a prompt that run at once: bounds the activations' memory
 PREFILL_CHUNK = 512
+# sequences with the new tokens of each
+Steps = Sequence[tuple[CachedSequence, Sequence[int]]]
 
 
 @dataclass
@@ -58,7 +62,9 @@ class LanguageModel:
         self.context = self._checked(context)
         self.backends = kernels.available(exact)
         read = _counted(source, progress) if progress else source.read
-        weights = Weights(read, source.has, self.backends, self.backends[0].ops)
+        # why the reference runs what a faster kernel refused
+        self.notes: list[str] = []
+        weights = Weights(read, source.has, self.backends, self.backends[0].ops, self.notes)
         self.model: Any = source.module.Model(source.args, weights)
         pages = -(-self.context // PAGE_SIZE)
         # keys and values in 16 bits halve the cache; exact runs keep all of their bits
@@ -66,6 +72,8 @@ class LanguageModel:
         self.allocator = PageAllocator(pages)
         self._kept = CachedSequence()
         self._latest: object = None
+        # one step at a time, whichever thread asks
+        self._lock = threading.RLock()
 
     def _checked(self, context: int | None) -> int:
         limit = self.source.args.max_position_embeddings
@@ -78,12 +86,28 @@ class LanguageModel:
         return context or min(limit, DEFAULT_CONTEXT)
 
     @torch.inference_mode()
-    def forward(self, steps: Sequence[tuple[CachedSequence, Sequence[int]]], wanted: list[int] | None = None) -> Tensor:
+    def forward(self, steps: Steps, wanted: list[int] | None = None) -> Tensor:
         """Append new tokens to each sequence and run them together in one step.
 
         Returns float32 [W, vocab]: the logits of the tokens `wanted` (indices into the flat batch), by default the
         last token of each sequence.
         """
+        with self._lock:
+            try:
+                positions, batch = self._batch(steps, wanted)
+                ids = torch.tensor([i for _, new in steps for i in new])
+                logits: Tensor = self.model(ids, positions, batch)
+            except BaseException:
+                # an interrupted step (Ctrl-C) has not written all of its keys and values
+                for sequence, _ in steps:
+                    self.allocator.truncate(sequence, len(sequence.ids))
+                raise
+            for sequence, new in steps:
+                sequence.ids += new
+            return logits
+
+    def _batch(self, steps: Steps, wanted: list[int] | None) -> tuple[Tensor, Batch]:
+        """Positions and places of the new tokens; pages are reserved, the sequences' ids are left as they are."""
         slots: list[int] = []
         positions: list[int] = []
         starts = [0]
@@ -93,24 +117,38 @@ class LanguageModel:
             positions += range(have, have + len(new))
             slots += (sequence.slot(p) for p in range(have, have + len(new)))
             starts.append(len(slots))
-            sequence.ids += new
         longest = max(len(sequence.pages) for sequence, _ in steps)
-        batch = Batch(
+        return torch.tensor(positions), Batch(
             slots=torch.tensor(slots),
             pages=torch.tensor([s.pages + [0] * (longest - len(s.pages)) for s, _ in steps]),
-            lengths=torch.tensor([len(s.ids) for s, _ in steps]),
+            lengths=torch.tensor([len(s.ids) + len(new) for s, new in steps]),
             starts=torch.tensor(starts),
             page_size=PAGE_SIZE,
             wanted=torch.tensor([i - 1 for i in starts[1:]] if wanted is None else wanted),
         )
-        ids = torch.tensor([i for _, new in steps for i in new])
-        logits: Tensor = self.model(ids, torch.tensor(positions), batch)
-        return logits
 
-    def prefill(self, sequence: CachedSequence, ids: Sequence[int]) -> Tensor:
-        """Run a prompt in chunks -> logits [vocab] of its last token."""
+    def prefill(self, sequence: CachedSequence, ids: Sequence[int], owner: object = None) -> Tensor:
+        """Run a prompt (or the next token) in chunks -> logits [vocab] of its last token.
+
+        `owner` is the answer the sequence was given to by `begin`. Raises FewbitError where a newer one has taken it,
+        and where the model's output is not finite.
+        """
         for i in range(0, len(ids), PREFILL_CHUNK):
-            logits = self.forward([(sequence, list(ids[i : i + PREFILL_CHUNK]))])
+            with self._lock:
+                if owner is not None and self._latest is not owner:
+                    raise FewbitError(
+                        "This answer was ended by a newer one.",
+                        f"It had come to token {len(sequence.ids)}; a loaded model holds one conversation.",
+                        "Finish an answer before asking for the next, or load the model twice.",
+                    )
+                logits = self.forward([(sequence, list(ids[i : i + PREFILL_CHUNK]))])
+        if not torch.isfinite(logits.max()):
+            broken = int((~torch.isfinite(logits)).sum())
+            raise FewbitError(
+                "The model's output is not a number.",
+                f"{broken:,} of {logits.numel():,} logits after {len(sequence.ids)} tokens.",
+                "Its weights are damaged or overflow: try --exact, or `fewbit quantize`, which names a broken tensor.",
+            )
         return logits[0]
 
     def generate(
@@ -166,15 +204,12 @@ class LanguageModel:
 
     def begin(self, owner: object, ids: list[int]) -> tuple[CachedSequence, int]:
         """Give the model's conversation to `owner`: the sequence, and how many leading tokens of `ids` it holds."""
-        self._latest = owner
-        # the last token must run again: its logits are what the answer begins with
-        shared = min(self._kept.common_prefix(ids), len(ids) - 1)
-        self.allocator.truncate(self._kept, shared)
-        return self._kept, shared
-
-    def owned_by(self, owner: object) -> bool:
-        """Whether no later answer has taken the conversation."""
-        return self._latest is owner
+        with self._lock:
+            self._latest = owner
+            # the last token must run again: its logits are what the answer begins with
+            shared = min(self._kept.common_prefix(ids), len(ids) - 1)
+            self.allocator.truncate(self._kept, shared)
+            return self._kept, shared
 
 
 class Generation(Iterator[str]):
@@ -197,7 +232,7 @@ class Generation(Iterator[str]):
         sequence, stats.cached_tokens = model.begin(self, ids)
         history = list(ids)
         clock = time.perf_counter()
-        logits = model.prefill(sequence, ids[stats.cached_tokens :])
+        logits = model.prefill(sequence, ids[stats.cached_tokens :], self)
         while stats.new_tokens < budget:
             token = sampler(logits, history)
             now = time.perf_counter()
@@ -215,15 +250,9 @@ class Generation(Iterator[str]):
             if text.stopped:
                 stats.finish_reason = "stop"
                 return
-            if not model.owned_by(self):
-                raise FewbitError(
-                    "This answer was ended by a newer one.",
-                    f"{stats.new_tokens} tokens had been given; a loaded model holds one conversation.",
-                    "Finish an answer before asking for the next, or load the model twice.",
-                )
             clock = time.perf_counter()
             if stats.new_tokens < budget:
-                logits = model.forward([(sequence, [token])])[0]
+                logits = model.prefill(sequence, [token], self)
         stats.finish_reason = stats.finish_reason or "length"
         if rest := text.flush():
             yield rest
@@ -242,6 +271,18 @@ def _counted(source: Source, progress: Progress) -> Callable[[str], Any]:
     return read
 
 
+def set_threads(count: int) -> None:
+    """CPU threads of torch and of every backend; FewbitError where the machine can't have as many."""
+    most = 4 * (os.cpu_count() or 1)
+    if not 1 <= count <= most:
+        raise FewbitError(
+            f"{count:,} threads are not possible.",
+            f"This machine has {os.cpu_count()} logical processors; from 1 to {most} threads make sense.",
+            "Leave --threads out to use the machine's cores.",
+        )
+    kernels.set_threads(count)
+
+
 def load(
     model: str | Path,
     *,
@@ -258,6 +299,6 @@ def load(
     Raises FewbitError where the model is missing, broken, of an unknown architecture, or the context impossible.
     """
     if threads is not None:
-        kernels.set_threads(threads)
+        set_threads(threads)
     note = (lambda text: progress(0, 1, text)) if progress else None
     return LanguageModel(open_source(model, note), exact, context, progress)

@@ -12,6 +12,8 @@ from fewbit.errors import FewbitError
 
 # candidates looked at before a full sort is tried: top-p rarely needs more
 FIRST_LOOK = 1024
+# colder than this, only the likeliest token has any probability left in float32
+GREEDY_BELOW = 1e-4
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "min_p": (0 <= self.min_p < 1, "from 0, below 1"),
             "repetition_penalty": (0 < self.repetition_penalty <= 100, "above 0, at most 100"),
+            "seed": (self.seed is None or -(2**63) <= self.seed < 2**63, "a whole number of 64 bits"),
         }
         for name, (holds, words) in limits.items():
             if not holds:
@@ -60,7 +63,7 @@ class Sampler:
         s = self.sampling
         if s.repetition_penalty != 1.0 and history:
             logits = _penalized(logits, history, s.repetition_penalty)
-        if s.temperature == 0:
+        if s.temperature < GREEDY_BELOW:
             return int(logits.argmax())
         values, ids = self._candidates(logits / s.temperature)
         chosen = torch.multinomial(values.softmax(0), 1, generator=self.random)
