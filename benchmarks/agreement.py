@@ -50,7 +50,7 @@ def main() -> None:
         if args.tokenizer:
             expected = Tokenizer.from_file(str(args.tokenizer)).encode(text, add_special_tokens=False).ids
             marks.append(Mark("tokens that differ from tokenizer.json's", float(ids != expected), 0))
-    finish("agreement", marks, {"model": args.model})
+    finish(f"agreement-{path.stem}", marks, {"model": args.model})
 
 
 if __name__ == "__main__":

@@ -24,13 +24,13 @@ inline float f16_to_float(uint16_t h) {
     return from_bits(sign | bits);
 }
 
-// Nearest, ties to even; beyond the range to infinity.
+// Nearest, ties to even; what is beyond the range, infinities too, to the largest finite number; NaN stays NaN.
 inline uint16_t float_to_f16(float x) {
     const uint32_t bits = to_bits(x);
     const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
     const uint32_t abs = bits & 0x7fffffffu;
     if (abs > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00);
-    if (abs >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00);
+    if (abs >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7bff);
     if (abs < 0x38800000u) {
         // a subnormal's steps are those of 0.5: adding it lets the float adder round
         return static_cast<uint16_t>(sign | (to_bits(from_bits(abs) + 0.5f) - 0x3f000000u));

@@ -33,16 +33,17 @@ void fill_row(const BlockView &w, uint8_t *codes, int64_t row, const uint8_t *fr
     constexpr int64_t kBytes = kRows * kColumns * Bits / 8;
     uint8_t *block = codes + row / kRows * w.column_blocks * kBytes;
     const int lane = static_cast<int>(row % kRows);
-    for (int64_t column = 0; column < w.columns; ++column) {
-        uint8_t *quad = quad_at<Bits>(block + column / kColumns * kBytes, lane, column % kColumns / 4);
-        uint8_t &at = quad[column % 4];
-        if constexpr (Bits == 8) {
-            at = from[column];
-        } else if (column / 4 % 2 == 0) {
-            at = static_cast<uint8_t>((at & 0xf0) | (from[column] & 15));
+    // columns of one quad of bytes: four codes, or two quads of codes in its low and high halves
+    constexpr int64_t kStep = 32 / Bits;
+    for (int64_t column = 0; column < w.columns; column += kStep) {
+        uint32_t quads[2] = {};
+        if (column + kStep <= w.columns) {
+            std::memcpy(quads, from + column, kStep);
         } else {
-            at = static_cast<uint8_t>((at & 0x0f) | (from[column] << 4));
+            std::memcpy(quads, from + column, static_cast<size_t>(w.columns - column));
         }
+        if constexpr (Bits == 4) quads[0] = (quads[0] & 0x0f0f0f0fu) | (quads[1] & 0x0f0f0f0fu) << 4;
+        std::memcpy(quad_at<Bits>(block + column / kColumns * kBytes, lane, column % kColumns / 4), quads, 4);
     }
 }
 

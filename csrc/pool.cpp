@@ -6,6 +6,8 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -39,8 +41,13 @@ void pause() {
 // wakes late finds no task and touches nothing.
 class Pool {
   public:
+    // Fewer threads where the system grants no more (limits on processes or memory): those that run are kept.
     explicit Pool(int threads) {
-        for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+        try {
+            for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+        } catch (const std::system_error &) {
+        } catch (const std::bad_alloc &) {
+        }
     }
 
     ~Pool() {
@@ -143,6 +150,7 @@ std::shared_ptr<Pool> current_pool() {
         std::call_once(once, [] { pthread_atfork(nullptr, nullptr, forget_after_fork); });
 #endif
         shared.pool = std::make_shared<Pool>(g_threads.load());
+        g_threads.store(shared.pool->threads());
     }
     return shared.pool;
 }

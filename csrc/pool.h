@@ -5,7 +5,8 @@
 
 namespace fewbit {
 
-// Threads that take part in a call, the caller included; at least 1. Waits for running work.
+// Threads that take part in a call, the caller included; at least 1. They start at the next call, and where the system
+// grants fewer, `threads` says how many from then on.
 void set_threads(int n);
 int threads();
 

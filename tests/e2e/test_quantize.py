@@ -161,14 +161,14 @@ def test_peak_memory_is_about_a_block_not_the_model(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
     del weights
     # in a process of its own: what the test's has freed would be used again and not be counted
-    found = subprocess.run(
-        [sys.executable, "-c", PEAK, folder, tmp_path / "q"], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", PEAK, str(folder), str(tmp_path / "q")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(found.stdout) < 0.5 * total
 
 
 PEAK = """
 import sys
+from fewbit.memory import PeakMemory
 from fewbit.quantizer import quantize
 with PeakMemory() as memory:
     quantize(sys.argv[1], sys.argv[2], format="int4g64")

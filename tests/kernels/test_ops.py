@@ -74,7 +74,7 @@ def test_rotate_append(each_isa, random, dtype, heads, kv, width):
 
 
 @pytest.mark.usefixtures("no_fallback")
-def test_every_value_is_rounded_to_f16_as_torch_does(native):
+def test_every_value_is_rounded_to_f16_as_torch_does_and_held_in_its_range(native):
     edges = [
         0.0,
         5.9e-8,
@@ -98,7 +98,23 @@ def test_every_value_is_rounded_to_f16_as_torch_does(native):
     k_cache, v_cache = (torch.zeros(len(v), 1, 16, dtype=torch.float16) for _ in range(2))
     still = torch.ones(len(v), 8)
     native.ops.rotate_append(v, v, v, still, still * 0, torch.arange(len(v)), k_cache, v_cache)
-    torch.testing.assert_close(v_cache, v.half(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(v_cache, v.clamp(-65504, 65504).half(), rtol=0, atol=0, equal_nan=True)
+    theirs = [torch.zeros_like(k_cache) for _ in range(2)]
+    ROTATE(native.ops, v, v, v, still, still * 0, torch.arange(len(v)), *theirs)
+    for mine, other in zip((k_cache, v_cache), theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("where", ["native", "definition"])
+def test_keys_and_values_beyond_f16_leave_attention_finite(native, where):
+    ops = native.ops if where == "native" else DEFINITION
+    q, k, v = heads_of(torch.full((2, 3 * 16), 3e5), 1, 1, 16)
+    q, k = q / 3e5, torch.where(torch.arange(16) % 2 == 0, k, -k)
+    still, caches = torch.ones(2, 8), [torch.zeros(8, 1, 16, dtype=torch.float16) for _ in range(2)]
+    rotated = ops.rotate_append(q, k, v, still, still * 0, torch.arange(2), *caches)
+    batch = Batch(torch.arange(2), torch.tensor([[0]]), torch.tensor([2]), torch.tensor([0, 2]), 8)
+    assert torch.equal(caches[1][:2], torch.full((2, 1, 16), 65504.0, dtype=torch.float16))
+    torch.testing.assert_close(ops.attend(rotated, *caches, batch, 0.25), torch.full((2, 16), 65504.0))
 
 
 def normal(*shape: int, seed: int) -> Tensor:

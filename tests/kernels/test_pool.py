@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fewbit.kernels import cpu
-from fewbit.kernels._cores import physical_cores
+from fewbit.kernels._cores import most_threads, physical_cores
 
 
 def test_many_tiny_calls_with_changing_threads(native, make_tensor, random):
@@ -74,11 +74,69 @@ def test_neither_exit_nor_fork_hangs(native, how):
     subprocess.run([sys.executable, "-c", PROGRAM, how], check=True, timeout=60)
 
 
-def test_threads_must_be_positive(native):
-    with pytest.raises(ValueError, match="at least 1"):
-        native.set_threads(0)
-    native.set_threads(3)
-    assert native.threads == 3
+REFUSED = """
+import resource, torch
+from fewbit.formats import parse
+from fewbit.kernels import cpu
+backend = cpu.backend()
+fmt = parse("int8")
+q = fmt.pack(torch.randint(0, 256, (400, 64), dtype=torch.uint8), {"scale": torch.ones(400, 1)})
+backend.set_threads(1)
+packed, x = backend.prepare([q]), torch.ones(4, 64)
+expected = backend.matmul(x, packed)
+# room for the stacks of two more threads and what they need besides; glibc's default where the limit is none
+stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
+stack = stack if 0 < stack < 2**32 else 2 << 20
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+resource.setrlimit(resource.RLIMIT_AS, (used + stack * 5 // 2, hard))
+backend.native.set_threads(64)
+assert torch.equal(backend.matmul(x, packed), expected)
+assert 1 < backend.threads < 64, backend.threads
+# asked again with room, it gets them all
+resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+backend.native.set_threads(16)
+assert torch.equal(backend.matmul(x, packed), expected)
+assert backend.threads == 16
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc and obeys RLIMIT_AS")
+def test_threads_the_system_refuses_are_done_without(native):
+    done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+DEFAULT = """
+from fewbit.kernels import cpu
+import torch
+from fewbit.kernels._cores import physical_cores
+print(cpu.backend().threads, torch.get_num_threads(), physical_cores())
+"""
+
+
+@pytest.mark.parametrize("asked", ["1", "64", None])
+def test_the_default_is_the_cores_and_no_more_than_torch_uses(native, asked):
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    if asked:
+        env["OMP_NUM_THREADS"] = asked
+    run = subprocess.run(
+        [sys.executable, "-c", DEFAULT], env=env, capture_output=True, text=True, timeout=60, check=True
+    )
+    threads, of_torch, cores = map(int, run.stdout.split())
+    assert threads == min(of_torch, cores)
+    assert asked != "1" or threads == 1
+
+
+def test_threads_have_bounds(native):
+    most = most_threads()
+    for count, words in ((0, "at least 1"), (most + 1, f"at most {most} on"), (2**31, f"at most {most} on")):
+        with pytest.raises(ValueError, match=words):
+            native.set_threads(count)
+    for count in (3, most):
+        native.set_threads(count)
+        assert native.threads == count
 
 
 def test_backend_is_one_instance_and_keeps_its_threads(native):

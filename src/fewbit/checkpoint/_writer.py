@@ -122,14 +122,17 @@ class Writer:
             raise
         return self
 
-    def _check(self) -> None:
-        parent = self.out.parent
+    def _check_absent(self) -> None:
         if self.out.exists() or self.out.is_symlink():
             raise FewbitError(
                 f"The output {str(self.out)!r} exists already.",
                 "fewbit never overwrites a model.",
                 f"Choose another name, or remove it first: rm -r {shlex.quote(str(self.out))}",
             )
+
+    def _check(self) -> None:
+        self._check_absent()
+        parent = self.out.parent
         if not parent.is_dir():
             raise FewbitError(
                 f"The output's folder {str(parent)!r} does not exist.",
@@ -186,6 +189,8 @@ class Writer:
         try:
             self.stack.__exit__(kind, error, at)
             if kind is None and self.partial is not None:
+                # another process may have been faster
+                self._check_absent()
                 self.partial.chmod(0o755)
                 self.partial.rename(self.out)
                 self.partial = None

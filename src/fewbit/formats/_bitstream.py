@@ -48,7 +48,10 @@ def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
         return stream[:, :count]
     mask = (1 << bits) - 1
     if 8 % bits == 0:
-        codes = torch.stack([(stream >> (bits * i)) & mask for i in range(8 // bits)], dim=-1)
+        codes = torch.empty(*stream.shape, 8 // bits, dtype=torch.uint8, device=stream.device)
+        for i in range(8 // bits):
+            torch.bitwise_right_shift(stream, bits * i, out=codes[..., i])
+        codes &= mask
     else:
         eights = -(-count // 8)
         padded = torch.zeros(len(packed), eights, 8, dtype=torch.uint8, device=packed.device)
