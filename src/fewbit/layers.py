@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.config_values import number, real, shown
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
 from fewbit.kernels import Backend, Packed
@@ -106,23 +107,37 @@ class RopeArgs:
     def from_config(cls, config: dict[str, Any]) -> RopeArgs:
         """From `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before).
 
-        Raises FewbitError for a kind of scaling fewbit does not know.
+        Raises FewbitError for a kind of scaling fewbit does not know, and for numbers that make no frequencies.
         """
         found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = str(found.get("rope_type") or found.get("type") or "default")
+        if not isinstance(found, dict):
+            raise FewbitError(
+                "The model's config has no usable rotary parameters.",
+                f"rope_parameters (or rope_scaling) is {shown(found)} where a JSON object belongs.",
+                "Check config.json against the original model's.",
+            )
+        kind = found.get("rope_type") or found.get("type") or "default"
         if kind not in ("default", "linear", "llama3"):
             raise FewbitError(
-                f"Rotary scaling {kind!r} is not supported.",
+                f"Rotary scaling {shown(kind)} is not supported.",
                 "fewbit knows default, linear and llama3.",
                 "Use a checkpoint of the same model without that scaling.",
             )
+        theta = real(found if "rope_theta" in found else config, "rope_theta", 10000.0, 1.0, 1e15)
+        if kind == "default":
+            return cls(theta)
+        factor = real(found, "factor", 1.0, 1e-3, 1e6)
+        if kind == "linear":
+            return cls(theta, kind, factor)
+        low = real(found, "low_freq_factor", 1.0, 0.0, 1e6)
         return cls(
-            theta=float(found.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            theta=theta,
             kind=kind,
-            factor=float(found.get("factor", 1.0)),
-            low_freq_factor=float(found.get("low_freq_factor", 1.0)),
-            high_freq_factor=float(found.get("high_freq_factor", 4.0)),
-            original_context=int(found.get("original_max_position_embeddings") or 8192),
+            factor=factor,
+            low_freq_factor=low,
+            # the two bound a blend: it has no width where they are equal
+            high_freq_factor=real(found, "high_freq_factor", 4.0, low + 1e-3, 2e6),
+            original_context=number(found, "original_max_position_embeddings", 8192),
         )
 
     def frequencies(self, width: int) -> Tensor:

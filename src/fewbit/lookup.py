@@ -22,6 +22,14 @@ def nearest(name: str, known: list[str]) -> str:
     return ("did you mean " + " or ".join(close) + "?") if close else "known: " + ", ".join(known)
 
 
+def advice(name: str, known: list[str]) -> str:
+    """A sentence on which name to use instead of `name`."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if close:
+        return f"Did you mean {' or '.join(close)}? Use that name."
+    return f"Use one of the known names: {', '.join(known)}." if known else "Check the installation: none is known."
+
+
 def find(package: str, name: str) -> ModuleType:
     """Import the module called `name` from `package`.
 
@@ -31,6 +39,6 @@ def find(package: str, name: str) -> ModuleType:
     if name not in known:
         kind = package.rpartition(".")[2]
         raise FewbitError(
-            f"There is no {name!r} in {kind}.", f"Known: {', '.join(known) or 'none'}.", nearest(name, known)
+            f"There is no {name!r} in {kind}.", f"Known: {', '.join(known) or 'none'}.", advice(name, known)
         )
     return importlib.import_module(f"{package}.{name}")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fewbit.errors import FewbitError
-from fewbit.lookup import nearest
+from fewbit.lookup import advice
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,34 @@ def locate(model: str | Path, progress: Callable[[str], None] | None = None) -> 
     for entry in reversed(written):
         if entry.name == name:
             return entry.path
-    hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
-    raise FewbitError(
-        f"There is no model {name!r}.",
-        "It is neither a path here nor an alias."
-        + (" It looks like a hub id; fetching those comes with a later release." if hub else ""),
-        nearest(name, [*ALIASES, *dict.fromkeys(e.name for e in written)]),
+    raise _nothing(name, [*ALIASES, *dict.fromkeys(e.name for e in written)])
+
+
+def _nothing(name: str, known: list[str]) -> FewbitError:
+    """No model goes by `name`; `known` are the names that would have done."""
+    shown = name if len(name) <= 200 else name[:200] + "…"
+    what = f"There is no model {shown!r}."
+    if _is_hub_id(name):
+        return FewbitError(
+            what,
+            "It is neither a path here nor an alias. It looks like a hub id; "
+            "fetching those comes with a later release.",
+            f"Download it (hf download {name} --local-dir FOLDER) and give the folder, or use {' or '.join(known)}.",
+        )
+    return FewbitError(
+        what,
+        "No file or folder lies at that path, and it is neither an alias nor a folder fewbit wrote.",
+        f"{advice(name, known)} Or give the path of a model's folder or of a .gguf file.",
     )
+
+
+def _is_hub_id(name: str) -> bool:
+    """owner/name, where it can't be meant as a path: no such folder here, and no file's ending."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or len(name) > 200:
+        return False
+    owner = name.partition("/")[0]
+    endings = (".gguf", ".safetensors", ".json", ".bin")
+    return not name.endswith(endings) and not owner.endswith(endings) and not Path(owner).exists()
 
 
 def remember(path: Path, facts: Mapping[str, Any]) -> bool:

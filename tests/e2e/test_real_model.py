@@ -86,9 +86,10 @@ def test_gguf_and_safetensors_agree_with_transformers(gguf: Path, theirs: Any, t
 
 
 def test_default_kernels_agree_within_activation_rounding(gguf: Path, theirs: Any) -> None:
+    # measured: 0.0034 and 0.22; activations in 8 bits turn some near ties of so small a model
     kl, gap = agree(fewbit.load(gguf), theirs)
-    assert kl <= 0.02
-    assert gap <= 0.6
+    assert kl <= 0.01
+    assert gap <= 0.4
 
 
 def test_int4g32_keeps_paris_and_streams_it(gguf: Path, tmp_path: Path) -> None:

@@ -144,9 +144,7 @@ def test_random_damage_to_a_quantized_folder_is_an_error_or_harmless(
         raw[data.draw(st.integers(0, end - 1))] = data.draw(st.integers(0, 255))
     file.write_bytes(raw[: data.draw(st.integers(0, len(raw)))] if data.draw(st.booleans()) else raw)
     with suppress(FewbitError):
-        source = open_source(quantized)
-        for w in source.weights:
-            source.read(w.name)
+        fewbit.load(quantized)
 
 
 @pytest.mark.parametrize("part", ["_packed", "_scale", "_zero_point", "_shape"])
@@ -169,9 +167,7 @@ def test_parts_that_do_not_fit_together(tiny_folder: Path, tmp_path: Path, part:
 
 
 def test_writer_and_library_agree_on_every_dtype(tmp_path: Path) -> None:
-    tensors = {
-        f"t{i}": torch.arange(3 * (i + 1)).reshape(3, i + 1).to(dtype) for i, dtype in enumerate(CODES) if i % 10 < 10
-    }
+    tensors = {f"t{i}": torch.arange(3 * (i + 1)).reshape(3, i + 1).to(dtype) for i, dtype in enumerate(CODES)}
     planned = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     with ShardWriter(tmp_path / "x.safetensors", planned, {"note": "ü"}) as writer:
         for name in reversed(tensors):

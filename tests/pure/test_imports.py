@@ -22,13 +22,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": set(),
     "lookup": {"errors"},
     "qtensor": {"errors"},
+    "config_values": {"errors"},
     "store": {"errors", "lookup"},
     "formats": LOW,
     "methods": LOW | {"formats"},
     "kernels": LOW | {"formats"},
-    "layers": LOW | {"formats", "kernels"},
-    "models": LOW | {"formats", "kernels", "layers"},
-    "checkpoint": LOW | {"formats"},
+    "layers": LOW | {"config_values", "formats", "kernels"},
+    "models": LOW | {"config_values", "formats", "kernels", "layers"},
+    "checkpoint": LOW | {"config_values", "formats"},
     "tokenizer": {"errors", "checkpoint"},
     "calibration": {"errors", "tokenizer"},
     "source": LOW | {"formats", "models", "checkpoint", "store"},
@@ -40,7 +41,7 @@ MAY_IMPORT["evaluator"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
 TOP = {"__init__", "cli"}
 # the compiled kernels are read through the kernels package
 NATIVE = "_cpu"
-OTHERS = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "rich"}
+OTHERS = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "regex", "rich"}
 
 
 def part(path: Path) -> str:

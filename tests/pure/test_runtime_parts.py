@@ -145,6 +145,52 @@ def test_streamed_text_is_whole_and_never_breaks_a_character(text: str) -> None:
     assert "".join(pieces) + stream.flush() == text
 
 
+# ByteLevel's character for each byte: printable ones are themselves, the others follow from U+0100 on
+_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_CHARACTERS = {b: chr(b) for b in _PRINTED} | {
+    b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in _PRINTED)
+}
+BYTE_TOKENS = [sorted(_CHARACTERS.values()).index(_CHARACTERS[b]) for b in range(256)]
+
+
+def byte_ids(data: bytes) -> list[int]:
+    """The token of each byte; the tokenizer's vocabulary is the sorted alphabet of ByteLevel."""
+    return [BYTE_TOKENS[b] for b in data]
+
+
+@given(st.lists(st.one_of(st.binary(max_size=4), st.sampled_from(["é", "😀", "€", "a"]).map(str.encode))))
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_stream_as_they_decode(parts: list[bytes]) -> None:
+    ids = byte_ids(b"".join(parts))
+    whole, stream, got = TOKENIZER.decode(ids), TextStream(TOKENIZER), ""
+    for i in ids:
+        got += stream.push(i)
+        # what was given out is never taken back: no half of a character that is whole in the end
+        assert whole.startswith(got)
+    assert got + stream.flush() == whole
+
+
+def test_a_character_after_a_broken_byte_is_whole() -> None:
+    stream = TextStream(TOKENIZER)
+    pieces = [stream.push(i) for i in byte_ids(b"\x80\xf0\x9f\x98\x80")]
+    assert "".join(pieces) + stream.flush() == "\ufffd😀"
+
+
+def test_endless_broken_bytes_are_decoded_in_short_windows() -> None:
+    stream = TextStream(TOKENIZER)
+    ids = byte_ids(b"\x80\xff\xe2" * 200)
+    got = "".join(stream.push(i) for i in ids)
+    assert len(stream.ids) - stream.context < 100
+    assert got + stream.flush() == TOKENIZER.decode(ids)
+
+
+def test_text_with_a_lone_surrogate_is_an_error() -> None:
+    with pytest.raises(FewbitError, match="Unicode") as caught:
+        TOKENIZER.encode("caf\udce9")
+    assert "Character 3" in caught.value.facts
+    caught.value.to_dict()["facts"].encode()
+
+
 def test_broken_bytes_do_not_hold_the_stream_back_for_ever() -> None:
     stream = TextStream(TOKENIZER)
     lone = TOKENIZER.encode("é", bos=False)[0]

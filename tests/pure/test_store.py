@@ -272,6 +272,26 @@ def test_hub_ids_are_told_to_come_later() -> None:
     assert "later release" in caught.value.facts
 
 
+@pytest.mark.parametrize("name", ["tiny/nothing.gguf", "here/nothing", "x.gguf/y", "a/model.safetensors"])
+def test_a_missing_path_is_not_taken_for_a_hub_id(tmp_path: Path, name: str) -> None:
+    (tmp_path / "here").mkdir()
+    with pytest.raises(FewbitError) as caught:
+        store.locate(name)
+    assert "hub" not in str(caught.value)
+    assert ".gguf file" in caught.value.next_step
+
+
+def test_the_next_step_is_a_sentence() -> None:
+    for name in ("smolm2", "zzzz", "owner/name"):
+        with pytest.raises(FewbitError) as caught:
+            store.locate(name)
+        step = caught.value.next_step
+        assert step[0].isupper()
+        assert step.endswith(".")
+        assert "smollm2" in step
+        assert step not in caught.value.facts
+
+
 def test_relative_xdg_folders_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert store.cache_dir() == Path.home() / ".cache" / "fewbit"
@@ -312,7 +332,7 @@ def test_a_written_folder_is_found_by_its_name_from_elsewhere(tmp_path: Path, mo
     store.remember(older, {})
     store.remember(newer, {})
     assert store.locate("mine") == newer
-    with pytest.raises(FewbitError, match="did you mean mine"):
+    with pytest.raises(FewbitError, match="Did you mean mine"):
         store.locate("mien")
 
 

@@ -79,6 +79,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if module.matches(path):
             checkpoint: Checkpoint = module.open(path)
             return checkpoint
+    if path.suffix == ".safetensors":
+        raise FewbitError(
+            f"{str(path)!r} holds weights alone.",
+            "config.json and tokenizer.json, which belong to them, lie beside it in a model's folder.",
+            f"Give the folder that holds it: {str(path.parent)!r}.",
+        )
     raise FewbitError(
         f"{str(path)!r} is not a model fewbit can read.",
         "A folder needs config.json and *.safetensors; a file needs to be GGUF.",

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 
 from fewbit.checkpoint import Checkpoint, TokenizerData
@@ -20,10 +22,15 @@ from fewbit.checkpoint._folder import read_json, tokenizer_data, weight_files
 from fewbit.checkpoint._safetensors import Shards
 from fewbit.checkpoint._writer import SPELLING
 from fewbit.checkpoint.huggingface import SPECS
+from fewbit.config_values import shown
 from fewbit.errors import FewbitError
 from fewbit.formats import Layout, parse
+from fewbit.formats.integer import IntegerFormat
 from fewbit.qtensor import QTensor
 
+# patterns are matched against every packed tensor's name
+MAX_TARGETS = 64
+MAX_PATTERN, PATTERN_SECONDS = 512, 0.5
 METHODS = ("compressed-tensors", "fewbit")
 
 
@@ -50,18 +57,28 @@ class CompressedTensors(Checkpoint):
             if f"{name}_packed" in self.shards:
                 self._specs.setdefault(name, "")
             elif stored == name:
+                # a dtype no weight has stays empty until somebody asks for the tensor
                 self._specs[name] = SPECS.get(self.shards.dtype(stored), "")
+        groups = _groups(self.config)
         noted = self._facts.get("specs")
-        for name, spec in self._specs.items():
-            if not spec:
-                found = noted.get(name) if isinstance(noted, dict) else _foreign_spec(self.config, name)
-                if not isinstance(found, str):
-                    raise FewbitError(
-                        f"Nothing says in which format {name!r} is stored.",
-                        f"Neither the files' metadata nor quantization_config in {path / 'config.json'}.",
-                        "Quantize the model again, or check where the folder came from.",
-                    )
-                self._specs[name] = found
+        for name in self._specs:
+            if f"{name}_packed" in self.shards:
+                found = noted.get(name) if isinstance(noted, dict) else _foreign_spec(groups, name)
+                self._specs[name] = self._integer_spec(name, found)
+
+    def _integer_spec(self, name: str, found: Any) -> str:
+        """The spec a packed tensor is said to have, which must be one that packs."""
+        if found is None:
+            raise FewbitError(
+                f"Nothing says in which format {name!r} is stored.",
+                f"Neither the files' metadata nor quantization_config in {self.path / 'config.json'}.",
+                "Quantize the model again, or check where the folder came from.",
+            )
+        if name in self.shards:
+            raise _wrong_shape(name, f"It is stored twice, as {name!r} and as {name + '_packed'!r}")
+        if not isinstance(found, str) or len(found) > 32 or not isinstance(parse(found), IntegerFormat):
+            raise _wrong_shape(name, f"It is packed, and its format is said to be {shown(found)}, not an integer one")
+        return found
 
     def names(self) -> list[str]:
         return list(self._specs)
@@ -69,21 +86,33 @@ class CompressedTensors(Checkpoint):
     def shape(self, name: str) -> tuple[int, ...]:
         if f"{name}_packed" not in self.shards:
             return self.shards.shape(name)
-        said = self.shards.read(f"{name}_shape").tolist() if f"{name}_shape" in self.shards else []
+        said = self._said_shape(f"{name}_shape")
         stored = {part: self.shards.shape(f"{name}{s}") for part, s in SPELLING.items() if f"{name}{s}" in self.shards}
-        if len(said) != 2 or any(not isinstance(n, int) or n <= 0 for n in said) or said[0] != stored["packed"][0]:
-            raise _wrong_shape(name, f"weight_shape says {said}, the parts are {stored}")
-        shape = (int(said[0]), int(said[1]))
+        if len(said) != 2 or min(said) <= 0:
+            raise _wrong_shape(name, f"{name}_shape says {said}, the parts are {stored}")
+        shape = (said[0], said[1])
         planned = parse(self._specs[name]).layout(shape, torch.float32)
         if stored != {part: where for part, (_, where) in planned.items()}:
             raise _wrong_shape(name, f"{self._specs[name]} of {shape} needs {_shapes(planned)}, the parts are {stored}")
         return shape
 
+    def _said_shape(self, stored: str) -> list[int]:
+        """The two numbers of a `_shape` tensor; empty where it is missing or something else."""
+        if stored not in self.shards or self.shards.shape(stored) != (2,):
+            return []
+        return [int(n) for n in self.shards.read(stored)] if self.shards.dtype(stored) == torch.int64 else []
+
     def spec(self, name: str) -> str:
+        if not self._specs[name]:
+            raise FewbitError(
+                f"The tensor {name!r} is stored as {self.shards.dtype(name)}.",
+                f"What is not packed must be one of {', '.join(SPECS.values())}.",
+                "Quantize or download the model again.",
+            )
         return self._specs[name]
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> QTensor:
-        shape, spec = self.shape(name), self._specs[name]
+        shape, spec = self.shape(name), self.spec(name)
         if f"{name}_packed" not in self.shards:
             weight = self.shards.read(name, rows)
             return QTensor(spec, tuple(weight.shape), {"weight": weight})
@@ -130,20 +159,69 @@ def _wrong_shape(name: str, facts: str) -> FewbitError:
     )
 
 
-def _foreign_spec(config: dict[str, Any], name: str) -> str | None:
+@dataclass(frozen=True)
+class _Group:
+    """A config group: which modules it is for, and their spec (None where fewbit does not know the scheme)."""
+
+    targets: tuple[str, ...]
+    spec: str | None
+
+
+def _groups(config: dict[str, Any]) -> list[_Group]:
+    """The config groups, checked; FewbitError names what is odd about one."""
+    found = config["quantization_config"].get("config_groups")
+    if found is None:
+        return []
+    if not isinstance(found, dict) or len(found) > MAX_TARGETS:
+        raise _odd_group("config_groups", found, f"an object of at most {MAX_TARGETS} groups")
+    groups = []
+    for label, group in found.items():
+        if not isinstance(group, dict):
+            raise _odd_group(label, group, "an object")
+        targets, scheme = group.get("targets") or [], group.get("weights") or {}
+        if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets) or len(targets) > MAX_TARGETS:
+            raise _odd_group(f"{label}.targets", targets, f"a list of at most {MAX_TARGETS} names")
+        if not isinstance(scheme, dict):
+            raise _odd_group(f"{label}.weights", scheme, "an object")
+        groups.append(_Group(tuple(targets), _scheme_spec(scheme)))
+    return groups
+
+
+def _odd_group(label: str, found: Any, wanted: str) -> FewbitError:
+    return FewbitError(
+        "The quantization_config of config.json is broken.",
+        f"{label[:80]}: found {shown(found)} where {wanted} belongs.",
+        "Download or copy config.json again.",
+    )
+
+
+def _scheme_spec(w: dict[str, Any]) -> str | None:
+    bits, size, strategy = w.get("num_bits"), w.get("group_size"), w.get("strategy")
+    if w.get("type") != "int" or bits not in (2, 4, 8) or isinstance(bits, float) or w.get("actorder") == "group":
+        return None
+    ending = "" if w.get("symmetric") else "a"
+    if strategy == "channel":
+        return f"int{bits}{ending}" if size is None or size == -1 else None
+    if strategy != "group" or isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 10**7:
+        return None
+    return f"int{bits}g{size}{ending}"
+
+
+def _foreign_spec(groups: list[_Group], name: str) -> str | None:
     """Spec of a matrix by the scheme of its config group; None where no group has it or the scheme is unknown."""
-    groups = config["quantization_config"].get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else []:
-        targets = group.get("targets") or []
-        module = name.removesuffix(".weight")
-        if not any(t == "Linear" or t == module or (t[:3] == "re:" and re.match(t[3:], module)) for t in targets):
-            continue
-        w = group.get("weights") or {}
-        bits, size = w.get("num_bits"), w.get("group_size")
-        known = w.get("type") == "int" and bits in (2, 4, 8) and w.get("actorder") != "group"
-        if not known or (w.get("strategy") == "group") != isinstance(size, int):
-            return None
-        if w.get("strategy") not in ("group", "channel"):
-            return None
-        return f"int{bits}{f'g{size}' if w['strategy'] == 'group' else ''}{'' if w.get('symmetric') else 'a'}"
-    return None
+    module = name.removesuffix(".weight")
+    return next((group.spec for group in groups if any(_is_meant(t, module) for t in group.targets)), None)
+
+
+def _is_meant(target: str, module: str) -> bool:
+    if not target.startswith("re:"):
+        return target in ("Linear", module)
+    try:
+        # not `re`: the pattern comes with the file, and some take exponential time
+        return regex.match(target[3:MAX_PATTERN], module[:MAX_PATTERN], timeout=PATTERN_SECONDS) is not None
+    except (regex.error, TimeoutError, RecursionError) as error:
+        raise FewbitError(
+            "A pattern in config.json's quantization_config can't be read.",
+            f"{shown(target)}: {error}.",
+            "Write the modules' names, or a plain pattern such as 're:.*self_attn.*', into targets.",
+        ) from error

@@ -9,6 +9,7 @@ import torch
 from fewbit.checkpoint import Checkpoint, TokenizerData
 from fewbit.checkpoint._folder import read_json, tokenizer_data, weight_files
 from fewbit.checkpoint._safetensors import Shards
+from fewbit.config_values import shown
 from fewbit.errors import FewbitError
 from fewbit.qtensor import QTensor
 
@@ -29,7 +30,7 @@ class HuggingFace(Checkpoint):
         if quantization := self.config.get("quantization_config"):
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise FewbitError(
-                f"The checkpoint is quantized in a way fewbit can't read: {method!r}.",
+                f"The checkpoint is quantized in a way fewbit can't read: {shown(method)}.",
                 "fewbit reads full precision, compressed-tensors (pack-quantized) and its own folders.",
                 "Start from the model's full-precision checkpoint.",
             )

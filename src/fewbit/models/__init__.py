@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
+from fewbit.config_values import shown
 from fewbit.errors import FewbitError
 from fewbit.lookup import find, names
 
@@ -31,22 +32,8 @@ def find_model(model_type: str) -> ModuleType:
     known = names(__name__)
     if model_type not in known:
         raise FewbitError(
-            f"The architecture {model_type!r} is not supported.",
+            f"The architecture {shown(model_type)} is not supported.",
             f"fewbit runs: {', '.join(known)}.",
             "Choose a model of one of these architectures.",
         )
     return find(__name__, model_type)
-
-
-def number(config: dict[str, Any], key: str, default: int | None = None) -> int:
-    """A positive whole number from a config; FewbitError where it is missing or something else."""
-    value = config.get(key, default)
-    if value is None and default is not None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        raise FewbitError(
-            f"The model's config has no usable {key!r}.",
-            f"Found {value!r} where a positive whole number belongs.",
-            "Check config.json against the original model's.",
-        )
-    return value

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.config_values import flag, number, real, shown
 from fewbit.errors import FewbitError
 from fewbit.kernels.ops import Batch
 from fewbit.layers import Attention, RMSNorm, Rope, RopeArgs, Weights
-from fewbit.models import WeightInfo, number
+from fewbit.models import WeightInfo
 
+# far above any model there is; a config's word is bounded before lists and tensors are made of it
+MOST_LAYERS, MOST_HEADS, MOST_WIDTH, MOST_TOKENS = 4096, 1 << 14, 1 << 20, 1 << 24
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -39,34 +42,42 @@ class Args:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Args:
         """Checked facts of a config.json; FewbitError names the key that is off."""
-        heads, hidden = number(config, "num_attention_heads"), number(config, "hidden_size")
-        kv_heads = number(config, "num_key_value_heads", heads)
-        width = number(config, "head_dim", max(1, hidden // heads))
-        activation = str(config.get("hidden_act", "silu"))
+        heads = number(config, "num_attention_heads", most=MOST_HEADS)
+        kv_heads = number(config, "num_key_value_heads", heads, MOST_HEADS)
+        width = _head_width(config)
+        activation = config.get("hidden_act", "silu")
+        if not isinstance(activation, str):
+            activation = shown(activation)
         if heads % kv_heads or width % 2 or activation not in ACTIVATIONS:
             raise FewbitError(
                 "The model's config describes a layer that fewbit can't build.",
-                f"{heads} heads over {kv_heads} key-value heads of width {width}, activation {activation!r}; "
+                f"{heads} heads over {kv_heads} key-value heads of width {width}, activation {shown(activation)}; "
                 f"heads must be a multiple of key-value heads, the width even, the activation one of "
                 f"{', '.join(ACTIVATIONS)}.",
                 "Check config.json against the original model's.",
             )
         return cls(
-            hidden_size=hidden,
-            intermediate_size=number(config, "intermediate_size"),
-            num_hidden_layers=number(config, "num_hidden_layers"),
+            hidden_size=number(config, "hidden_size", most=MOST_WIDTH),
+            intermediate_size=number(config, "intermediate_size", most=MOST_WIDTH),
+            num_hidden_layers=number(config, "num_hidden_layers", most=MOST_LAYERS),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=width,
-            vocab_size=number(config, "vocab_size"),
+            vocab_size=number(config, "vocab_size", most=MOST_TOKENS),
             max_position_embeddings=number(config, "max_position_embeddings", 2048),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=real(config, "rms_norm_eps", 1e-6, 0.0, 1.0),
             rope=RopeArgs.from_config(config),
             activation=ACTIVATIONS[activation],
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=bool(config.get("attention_bias", False)),
-            mlp_bias=bool(config.get("mlp_bias", False)),
+            tie_word_embeddings=flag(config, "tie_word_embeddings"),
+            attention_bias=flag(config, "attention_bias"),
+            mlp_bias=flag(config, "mlp_bias"),
         )
+
+
+def _head_width(config: dict[str, Any]) -> int:
+    hidden = number(config, "hidden_size", most=MOST_WIDTH)
+    heads = number(config, "num_attention_heads", most=MOST_HEADS)
+    return number(config, "head_dim", max(1, hidden // heads), MOST_WIDTH)
 
 
 def weights(args: Args) -> list[WeightInfo]:
@@ -186,31 +197,44 @@ def gguf_config(metadata: dict[str, Any], names: set[str], read: Callable[[str],
     if "rope.dimension_count" in theirs:
         config["head_dim"] = theirs["rope.dimension_count"]
     factors = read("rope_freqs.weight") if "rope_freqs.weight" in names else None
+    if factors is not None and factors.shape != (_head_width(config) // 2,):
+        raise _unknown_stretch(
+            f"rope_freqs.weight has the shape {tuple(factors.shape)}; a head is {_head_width(config)} wide."
+        )
     config["rope_parameters"] = _gguf_rope(theirs, factors)
     return {key: value for key, value in config.items() if value is not None}
 
 
 def _gguf_rope(theirs: dict[str, Any], factors: Tensor | None) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": float(theirs.get("rope.freq_base", 10000.0))}
+    theta = real(theirs, "rope.freq_base", 10000.0, 1.0, 1e15)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     kind = theirs.get("rope.scaling.type", "none")
     if factors is not None:
+        if not len(factors) or not (factors.isfinite() & (factors > 0)).all():
+            raise _unknown_stretch("rope_freqs.weight is not one positive factor for each frequency.")
         # the file holds Llama 3.1's stretch as one divisor a frequency; find the parameters it was computed from
         found = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0}
         found |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
         rope |= found
-        plain = RopeArgs(rope["rope_theta"]).frequencies(2 * len(factors))  # type: ignore[arg-type]
+        plain = RopeArgs(theta).frequencies(2 * len(factors))
         stretched = RopeArgs.from_config({"rope_parameters": rope}).frequencies(2 * len(factors))
         if not torch.allclose(plain / stretched, factors, rtol=1e-3):
-            raise FewbitError(
-                "This GGUF file stretches its rotary frequencies in a way fewbit does not know.",
-                f"rope_freqs.weight has factors from {factors.min():g} to {factors.max():g}, not Llama 3.1's.",
-                "Use the model's safetensors folder instead.",
+            raise _unknown_stretch(
+                f"rope_freqs.weight has factors from {factors.min():g} to {factors.max():g}, not Llama 3.1's."
             )
     elif kind == "linear":
-        rope |= {"rope_type": "linear", "factor": float(theirs.get("rope.scaling.factor", 1.0))}
+        rope |= {"rope_type": "linear", "factor": real(theirs, "rope.scaling.factor", 1.0, 1e-3, 1e6)}
     elif kind != "none":
-        rope["rope_type"] = str(kind)
+        rope["rope_type"] = kind
     return rope
+
+
+def _unknown_stretch(facts: str) -> FewbitError:
+    return FewbitError(
+        "This GGUF file stretches its rotary frequencies in a way fewbit does not know.",
+        facts,
+        "Use the model's safetensors folder instead.",
+    )
 
 
 def gguf_rows(name: str, args: Args) -> Tensor | None:

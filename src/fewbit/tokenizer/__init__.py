@@ -9,8 +9,10 @@ from fewbit.checkpoint import TokenizerData
 from fewbit.errors import FewbitError
 from fewbit.tokenizer.chat_template import ChatTemplate
 
-# a character spans at most four byte tokens; more that don't decode are not one
-LONGEST_CHARACTER = 4
+# the beginning of a character is at most three bytes, shown as one to three U+FFFD by the kinds of decoders
+LONGEST_BEGINNING = 3
+# ids that are decoded again with each new one, where none of them ends a character
+LONGEST_WINDOW = 32
 
 
 class Tokenizer:
@@ -41,7 +43,18 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Token ids; a model that wants a BOS gets one, unless `bos` is False or the text begins with it."""
-        ids: list[int] = self.inner.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self.inner.encode(text, add_special_tokens=False).ids
+        # the library takes no half of a surrogate pair, which is how Python shows bytes that are not text
+        except (TypeError, UnicodeEncodeError) as e:
+            at = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+            if at is None:
+                raise
+            raise FewbitError(
+                "The text is not valid Unicode.",
+                f"Character {at:,} is the lone surrogate U+{ord(text[at]):04X}.",
+                "Save the text as UTF-8, or leave the character out.",
+            ) from e
         if bos and self.add_bos and self.data.bos_token_id is not None and ids[:1] != [self.data.bos_token_id]:
             return [self.data.bos_token_id, *ids]
         return ids
@@ -77,6 +90,8 @@ class TextStream:
         self.ids: list[int] = []
         # ids[:start] are settled; their decoded tail gives the next ones their context (leading spaces)
         self.context = self.start = 0
+        # characters after those of ids[context:start] that were given out already
+        self.sent = 0
         self.held = ""
         self.stopped = False
 
@@ -94,11 +109,25 @@ class TextStream:
             return ""
         before = self.tokenizer.decode(self.ids[self.context : self.start])
         after = self.tokenizer.decode(self.ids[self.context :])
-        broken = after.endswith("\ufffd") and len(self.ids) - self.start < LONGEST_CHARACTER
-        if not broken or final:
-            self.held += after[len(before) :]
-            self.context, self.start = self.start, len(self.ids)
+        open_end = 0 if final else min(len(after) - len(after.rstrip("\ufffd")), LONGEST_BEGINNING)
+        sure = len(after) - open_end - len(before)
+        if sure > self.sent:
+            self.held += after[len(before) + self.sent : len(before) + sure]
+            self.sent = sure
+        if not open_end:
+            self.context, self.start, self.sent = self.start, len(self.ids), 0
+        elif len(self.ids) - self.start > LONGEST_WINDOW:
+            self._shorten(after, len(before) + self.sent)
         return self._release(final)
+
+    def _shorten(self, after: str, given: int) -> None:
+        """Settle the ids before a point where the bytes break, so that endless broken ones cost the same each."""
+        for cut in range(len(self.ids) - LONGEST_BEGINNING - 1, self.start, -1):
+            before = self.tokenizer.decode(self.ids[self.context : cut])
+            # a character cut in two would show otherwise
+            if len(before) <= given and before + self.tokenizer.decode(self.ids[cut:]) == after:
+                self.context, self.start, self.sent = cut, cut, given - len(before)
+                return
 
     def _release(self, final: bool) -> str:
         cut = min((i for s in self.stop if (i := self.held.find(s)) >= 0), default=-1)

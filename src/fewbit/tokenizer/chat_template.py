@@ -1,85 +1,89 @@
-"""Chat templates are programs that come with a model: they run in a sandbox, with their loops and output bounded."""
+"""Chat templates are programs that come with a model: they run in a sandbox with a budget of work (see `_sandbox`)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
 from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fewbit.errors import FewbitError
+from fewbit.tokenizer._sandbox import BUDGET, MAX_TEXT, Sandbox
 
-MAX_OUTPUT = 1 << 24
+MAX_OUTPUT = MAX_TEXT
+MAX_SOURCE = 1 << 18
 MAX_ITERATIONS = 1 << 20
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, with repetition and powers bounded too."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" or (isinstance(left, str | list | tuple) or isinstance(right, str | list | tuple)):
-            count = right if isinstance(right, int) else left
-            if operator == "**" or not isinstance(count, int) or count > MAX_ITERATIONS:
-                raise TemplateError(f"{operator} is too large for a template")
-        return super().call_binop(context, operator, left, right)
-
-
-class _Range:
-    """`range`, counted over the whole rendering."""
-
-    def __init__(self) -> None:
-        self.left = MAX_ITERATIONS
-
-    def __call__(self, *bounds: int) -> Iterator[int]:
-        found = range(*bounds)
-        self.left -= len(found)
-        if self.left < 0:
-            raise TemplateError(f"the template loops more than {MAX_ITERATIONS:,} times")
-        return iter(found)
-
-
 class ChatTemplate:
-    """A compiled template."""
+    """A compiled template; FewbitError where it is too long, or not one Jinja can read."""
 
     def __init__(self, source: str) -> None:
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = _tojson
+        if len(source) > MAX_SOURCE:
+            raise FewbitError(
+                "The model's chat template is too long.",
+                f"It has {len(source):,} characters; at most {MAX_SOURCE:,} are read.",
+                "Use a plain prompt (`--raw`), or check where the model came from.",
+            )
+        self.environment = Sandbox()
+        self.environment.add_filter("tojson", _tojson)
         try:
-            self.template = environment.from_string(source)
-        except (TemplateError, RecursionError) as e:
-            raise _failed(e) from e
+            self.template = self.environment.from_string(self.environment.prepare(source))
+        # besides Jinja's own errors, Python's compiler has several for code that nests too deep
+        except Exception as e:
+            raise FewbitError(
+                "The model's chat template can't be read.",
+                _said(e),
+                "Use a plain prompt (`--raw`), or check where the model came from.",
+            ) from e
 
     def render(self, **values: Any) -> str:
-        """The rendered text; FewbitError where the template fails, objects, or grows out of bounds."""
+        """The rendered text; FewbitError where the template fails, objects, or spends its budget."""
         pieces, size = [], 0
-        tools = {"range": _Range(), "raise_exception": _raise, "strftime_now": datetime.now().strftime}
+        tools = {"range": _range, "raise_exception": _raise, "strftime_now": _strftime_now}
+        self.environment.budget = BUDGET
         try:
             for piece in self.template.generate(**tools, **values):
                 size += len(piece)
                 if size > MAX_OUTPUT:
                     raise TemplateError(f"the template writes more than {MAX_OUTPUT:,} characters")
                 pieces.append(piece)
-        except (TemplateError, RecursionError, ArithmeticError, TypeError, ValueError, LookupError) as e:
-            raise _failed(e) from e
+        # whatever a template makes Python raise is the template's failure
+        except Exception as e:
+            raise FewbitError(
+                "The model's chat template refused the conversation.",
+                _said(e),
+                "Check the order and roles of the messages, or use a plain prompt (`--raw`).",
+            ) from e
         return "".join(pieces)
 
 
+def _said(error: Exception) -> str:
+    text = str(error)
+    return f"{type(error).__name__}: {text if len(text) <= 500 else text[:500] + '…'}."
+
+
+def _range(*bounds: int) -> range:
+    found = range(*bounds)
+    if len(found) > MAX_ITERATIONS:
+        raise TemplateError(f"the template loops more than {MAX_ITERATIONS:,} times")
+    return found
+
+
+def _strftime_now(pattern: str) -> str:
+    """The local time; no padding to a width, which C libraries take to any length."""
+    if len(pattern) > 200 or re.search(r"%[-_0^#+]*\d", pattern):
+        raise TemplateError(f"the time format {pattern[:40]!r} is not one a template may use")
+    return datetime.now().strftime(pattern)
+
+
 def _tojson(value: Any, indent: int | None = None) -> str:
+    if indent is not None and not 0 <= indent <= 16:
+        raise TemplateError("tojson indents by 16 at most")
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _raise(message: str) -> None:
     raise TemplateError(message)
-
-
-def _failed(error: Exception) -> FewbitError:
-    return FewbitError(
-        "The model's chat template refused the conversation.",
-        f"{type(error).__name__}: {error}.",
-        "Check the order and roles of the messages, or use a plain prompt (`--raw`).",
-    )
