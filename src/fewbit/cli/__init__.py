@@ -30,7 +30,7 @@ commands:
 MODEL is an alias (such as smollm2), a folder with config.json and safetensors files, or a .gguf file.
 
 examples:
-  fewbit run smollm2 "What is the capital of France?"
+  fewbit run smollm2 "Why is the sky blue?"
   fewbit quantize smollm2 --format int4g32 -o out
   fewbit eval out --against smollm2 --text examples/text.txt
 
