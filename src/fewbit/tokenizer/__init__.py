@@ -36,11 +36,6 @@ class Tokenizer:
     def _template_adds(self, bos: int) -> bool:
         return bool(self.inner.encode("a").ids[:1] == [bos])
 
-    @property
-    def vocabulary(self) -> int:
-        """Ids the tokenizer knows."""
-        return int(self.inner.get_vocab_size(with_added_tokens=True))
-
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Token ids; a model that wants a BOS gets one, unless `bos` is False or the text begins with it."""
         try:
