@@ -1,4 +1,4 @@
-"""How much was lost: a candidate's predictions beside the full-precision model's on the same text.
+"""How much was lost: candidates' predictions beside the full-precision model's on the same texts.
 
 The protocol is that of llama.cpp's perplexity tool, so that figures compare: consecutive 512-token windows, each run
 alone, predictions at positions 256 to 510 scored. KL(reference || candidate) is in nats a token.
@@ -6,28 +6,75 @@ alone, predictions at positions 256 to 510 scored. KL(reference || candidate) is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fewbit.calibration import read_text, windows
+from fewbit.calibration import read_text
+from fewbit.calibration import windows as windows_of
 from fewbit.errors import FewbitError
+from fewbit.reference_cache import ReferenceCache
 from fewbit.runtime.cache import Sequence as CachedSequence
-from fewbit.runtime.engine import LanguageModel, load, set_threads
-from fewbit.source import describe_source
+from fewbit.runtime.engine import LanguageModel, set_threads
+from fewbit.scoring import Expected, Prediction, Scores, Worst, WorstToken, joined, score
+from fewbit.source import Source, describe_source, open_source
+from fewbit.tokenizer import Tokenizer
+
+__all__ = ["DomainQuality", "Paired", "Quality", "WorstToken", "evaluate", "named_texts"]
 
 Progress = Callable[[int, int, str], None]
+Texts = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 WINDOW = 512
 FIRST_SCORED = WINDOW // 2
+SCORED = WINDOW - 1 - FIRST_SCORED
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A candidate's mean KL minus the first one's on the same tokens, with the standard error of that difference.
+
+    verdict   "lower" or "higher" where the difference is more than two errors, else "not distinguishable"
+    """
+
+    difference: float
+    error: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class DomainQuality:
+    """The figures of one text alone; units as in `Quality`."""
+
+    name: str
+    mean_kl: float
+    mean_kl_error: float
+    median_kl: float
+    p99_kl: float
+    top1: float
+    top1_error: float
+    perplexity: float
+    perplexity_error: float
+    reference_perplexity: float
+    reference_perplexity_error: float
+    tokens: int
+    paired: Paired | None = None
 
 
 @dataclass(frozen=True)
 class Quality:
-    """A candidate beside the reference. Errors are standard errors of the mean over tokens; KL in nats."""
+    """A candidate beside the reference. Errors are standard errors of the mean over tokens; KL in nats.
+
+    domains       the same figures for each text
+    worst         the 20 predictions of largest KL, largest first
+    cache_error   what the cached reference may add to or take from the mean KL: the difference of the means on one
+                  window that was run again, and two standard errors of it over all cached windows, as a root of
+                  squares; 0 where no cached reference was used
+    paired        beside the first candidate of the same call; None for the first
+    """
 
     model: str
     mean_kl: float
@@ -44,124 +91,289 @@ class Quality:
     weight_bytes: int
     bits_per_weight: float
     exact: bool
+    domains: tuple[DomainQuality, ...] = ()
+    worst: tuple[WorstToken, ...] = ()
+    cache_error: float = 0.0
+    paired: Paired | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
 
 
-@dataclass
-class Scores:
-    """Per-token figures of one candidate, float32 [tokens] each."""
-
-    kl: Tensor
-    agrees: Tensor
-    loss: Tensor
-    reference_loss: Tensor
-
-
-def score(reference: Tensor, candidate: Tensor, targets: Tensor) -> Scores:
-    """Compare logits float32 [n, vocab] at the positions that predict `targets` int64 [n]."""
-    p, q = reference.log_softmax(-1), candidate.log_softmax(-1)
-    at = targets[:, None]
-    return Scores(
-        kl=(p.exp() * (p - q)).sum(-1),
-        agrees=(p.argmax(-1) == q.argmax(-1)).float(),
-        loss=-q.gather(1, at).squeeze(1),
-        reference_loss=-p.gather(1, at).squeeze(1),
-    )
-
-
-def window_logits(model: LanguageModel, window: Tensor) -> Tensor:
-    """One window int64 [512] run alone -> logits float32 [255, vocab] of positions 256 to 510."""
-    sequence = CachedSequence()
-    try:
-        return model.forward([(sequence, window.tolist())], wanted=list(range(FIRST_SCORED, len(window) - 1)))
-    finally:
-        model.allocator.truncate(sequence, 0)
-
-
 def evaluate(
     models: str | Path | Sequence[str | Path],
     against: str | Path,
-    text: str | Path,
+    text: Texts,
     *,
     windows: int = 64,
     exact: bool = False,
     threads: int | None = None,
+    cache: bool = False,
     progress: Progress | None = None,
 ) -> list[Quality]:
-    """Measure each of `models` against the full-precision model `against`, run in float32, on the text file `text`.
+    """Measure each of `models` against the full-precision model `against`, run in float32.
 
-    exact  runs the quantized weights with float activations; otherwise the default kernels run
-    Raises FewbitError where the text is too short or the models' vocabularies differ.
+    text     a text file, several (named by their stems), or names with files; figures are given for each and for all
+    windows  how many windows of 512 tokens to take of each text, at most
+    exact    runs the quantized weights with float activations; otherwise the default kernels run
+    cache    keeps what the reference predicted on disk, compressed, and uses what an earlier call kept; one window is
+             then run again to state the error (`Quality.cache_error`), or to refuse what was kept
+    Raises FewbitError where a text is too short, the models' vocabularies differ, or predictions are not finite.
     """
     if threads is not None:
         set_threads(threads)
-    candidates = [models] if isinstance(models, str | Path) else list(models)
-    reference = load(against, exact=True, context=None)
-    tokens = _windows(reference, Path(text), windows)
-    found = []
-    loaded = [load(model, exact=exact) for model in candidates]
-    for model in loaded:
-        _check_context(model)
-        if model.source.args.vocab_size != reference.source.args.vocab_size:
-            raise FewbitError(
-                f"{model.name} and {reference.name} have different vocabularies.",
-                f"{model.source.args.vocab_size:,} and {reference.source.args.vocab_size:,} tokens.",
-                "Compare a model with the one it was made from.",
-            )
-    scores: list[list[Scores]] = [[] for _ in loaded]
-    for i, window in enumerate(tokens):
-        expected = window_logits(reference, window)
-        for j, (model, kept) in enumerate(zip(loaded, scores, strict=True)):
-            kept.append(score(expected, window_logits(model, window), window[FIRST_SCORED + 1 :]))
+    source = open_source(against)
+    candidates = [open_source(model) for model in ([models] if isinstance(models, str | Path) else models)]
+    _check(source, candidates)
+    tokenizer = Tokenizer(source.checkpoint.tokenizer())
+    pieces = _pieces(source, tokenizer, named_texts(text), windows)
+    reference = _Reference(source, pieces, ReferenceCache(source) if cache else None, progress)
+    # before the candidates are loaded: with a whole cache, the reference and they are never in memory together
+    reference.prepare()
+    runs = [_Candidate(LanguageModel(s, exact, None), Worst(tokenizer)) for s in candidates]
+    for done, piece in enumerate(pieces):
+        expected, kept = reference.expected(piece), reference.kept(piece)
+        for j, run in enumerate(runs):
+            run.add(piece, expected, kept)
             if progress:
-                progress(i * len(loaded) + j + 1, len(tokens) * len(loaded), f"window {i + 1} of {len(tokens)}")
-    for model, kept in zip(loaded, scores, strict=True):
-        found.append(_summary(model, kept))
+                doing = f"window {piece.window + 1} of {piece.text}"
+                progress(done * len(runs) + j + 1, len(pieces) * len(runs), doing)
+    return [run.quality(runs[0], reference.cached) for run in runs]
+
+
+def named_texts(text: Texts) -> dict[str, Path]:
+    """Names and files of the texts; a file without a name goes by its stem. FewbitError where two go by one name."""
+    if isinstance(text, Mapping):
+        return {name: Path(file) for name, file in text.items()}
+    found: dict[str, Path] = {}
+    for file in map(Path, [text] if isinstance(text, str | Path) else text):
+        if file.stem in found:
+            raise FewbitError(
+                f"Two texts go by the name {file.stem!r}.",
+                f"{str(found[file.stem])!r} and {str(file)!r}.",
+                "Name them: --text NAME=FILE, or a dictionary in Python.",
+            )
+        found[file.stem] = file
     return found
 
 
-def _windows(reference: LanguageModel, text: Path, most: int) -> Tensor:
-    if most < 1:
-        raise FewbitError("No window to score.", f"Asked for {most}.", "Give --windows 1 or more.")
-    _check_context(reference)
-    return windows(read_text(text), reference.tokenizer, WINDOW, most)
+@dataclass(frozen=True)
+class _Piece:
+    """One window int64 [512] of a text, and the window's number in it."""
 
+    text: str
+    window: int
+    tokens: Tensor
 
-def _check_context(model: LanguageModel) -> None:
-    if model.context < WINDOW:
-        raise FewbitError(
-            f"{model.name} is too small to measure.",
-            f"Its context is {model.context}; a window takes {WINDOW} tokens.",
-            "Use a model with a longer context.",
+    @property
+    def targets(self) -> Tensor:
+        return self.tokens[FIRST_SCORED + 1 :]
+
+    def run(self, model: LanguageModel) -> Prediction:
+        """What a model predicts at positions 256 to 510 of the window run alone; FewbitError where it is not finite."""
+        sequence = CachedSequence()
+        try:
+            wanted = list(range(FIRST_SCORED, WINDOW - 1))
+            found = Prediction(model.forward([(sequence, self.tokens.tolist())], wanted=wanted))
+        finally:
+            model.allocator.truncate(sequence, 0)
+        if not found.total.isfinite().all():
+            raise self.not_finite(model.name, int((~found.logits.isfinite().all(-1)).sum()))
+        return found
+
+    def not_finite(self, model: str, count: int) -> FewbitError:
+        return FewbitError(
+            f"The predictions of {model} are not finite.",
+            f"{count} of the {SCORED} scored positions of window {self.window + 1} of {self.text!r}.",
+            "Its weights are damaged or overflow: try --exact, or `fewbit quantize`, which names a broken tensor.",
         )
 
 
-def _summary(model: LanguageModel, scores: list[Scores]) -> Quality:
-    kl, agrees, loss, expected = (
-        torch.cat([getattr(s, name) for s in scores]).double() for name in ("kl", "agrees", "loss", "reference_loss")
-    )
-    size = describe_source(model.source)
-    perplexity, reference = loss.mean().exp(), expected.mean().exp()
-    return Quality(
-        model=model.name,
-        mean_kl=float(kl.mean()),
-        mean_kl_error=_error(kl),
-        median_kl=float(kl.quantile(0.5)),
-        p99_kl=float(kl.quantile(0.99)),
-        top1=float(agrees.mean()),
-        top1_error=_error(agrees),
-        perplexity=float(perplexity),
-        perplexity_error=float(perplexity) * _error(loss),
-        reference_perplexity=float(reference),
-        reference_perplexity_error=float(reference) * _error(expected),
-        tokens=len(kl),
-        weight_bytes=size.weight_bytes,
-        bits_per_weight=size.bits_per_weight,
-        exact=model.exact,
-    )
+class _Reference:
+    """What the full-precision model predicts, from the cache or by running it; it is in memory only while needed."""
+
+    def __init__(
+        self, source: Source, pieces: list[_Piece], cache: ReferenceCache | None, progress: Progress | None
+    ) -> None:
+        self.source, self.cache, self.progress = source, cache, progress
+        # windows that the cache has answered
+        self.cached = 0
+        self._model: LanguageModel | None = None
+        # pieces the model must run for
+        self._pending = {id(p) for p in pieces if not cache or not cache.has(p.tokens)}
+        cached = [p for p in pieces if id(p) not in self._pending]
+        # any of them would do; always the same one keeps a command's output the same
+        self._checked = cached[len(cached) // 2] if cached else None
+        self._pieces = pieces
+        self._exact: Prediction | None = None
+        self._kept: Expected | None = None
+
+    def prepare(self) -> None:
+        """Run the window that checks the cache; where the two disagree, nothing cached is used."""
+        piece, cache = self._checked, self.cache
+        if piece is None or cache is None:
+            return
+        if self.progress:
+            self.progress(0, 0, f"checking what is cached of {self.source.name}")
+        self._exact, kept = self._run(piece), cache.read(piece.tokens, SCORED)
+        if kept is not None and kept.is_of(self._exact):
+            self._kept = kept
+        else:
+            self._pending = {id(p) for p in self._pieces if p is not piece}
+            self._store(piece, self._exact)
+        self._release()
+
+    def kept(self, piece: _Piece) -> Expected | None:
+        """The cached predictions of the one window whose exact ones are `expected`'s."""
+        return self._kept if piece is self._checked else None
+
+    def expected(self, piece: _Piece) -> Expected:
+        """The reference's predictions on a window."""
+        if piece is self._checked and self._exact is not None:
+            exact, self._exact = self._exact, None
+            return exact
+        if self.cache and id(piece) not in self._pending and (found := self.cache.read(piece.tokens, SCORED)):
+            self.cached += 1
+            return found
+        exact = self._run(piece)
+        self._store(piece, exact)
+        self._release()
+        return exact
+
+    def _run(self, piece: _Piece) -> Prediction:
+        if self._model is None:
+            # opened after the cache has hashed the files, so that what is kept is what was hashed
+            self._model = LanguageModel(open_source(self.source.name), exact=True, context=None)
+        self._pending.discard(id(piece))
+        return piece.run(self._model)
+
+    def _store(self, piece: _Piece, exact: Prediction) -> None:
+        if self.cache:
+            self.cache.write(piece.tokens, exact, piece.targets)
+
+    def _release(self) -> None:
+        if not self._pending:
+            self._model = None
+
+
+@dataclass
+class _Candidate:
+    """A loaded candidate and its figures so far."""
+
+    model: LanguageModel
+    worst: Worst
+    scores: dict[str, list[Scores]] = field(default_factory=dict)
+    # cached less exact KL at each token of the window that was checked
+    differences: Tensor | None = None
+
+    def add(self, piece: _Piece, expected: Expected, kept: Expected | None) -> None:
+        """Score one window; `kept` is what the cache has for it where `expected` is exact."""
+        found = piece.run(self.model)
+        scores = score(expected, found, piece.targets)
+        if bad := scores.unusable():
+            raise piece.not_finite(self.model.name, bad)
+        self.scores.setdefault(piece.text, []).append(scores)
+        place = (piece.text, piece.window)
+        self.worst.add(place, piece.tokens, FIRST_SCORED + 1, scores.kl, (expected, found))
+        if kept is not None:
+            self.differences = kept.kl(found) - scores.kl
+
+    def cache_error(self, windows: int) -> float:
+        """Of the mean KL when `windows` of the windows came from the cache."""
+        if self.differences is None or not windows:
+            return 0.0
+        # each position's sample was drawn by itself, so its noise falls with the number of windows; a bias would not
+        return math.hypot(float(self.differences.mean()), 2 * _error(self.differences) / windows**0.5)
+
+    def quality(self, first: _Candidate, cached: int) -> Quality:
+        """The figures of all windows, and beside those of the `first` candidate."""
+        by_text = {name: joined(scores) for name, scores in self.scores.items()}
+        theirs = {name: joined(scores) for name, scores in first.scores.items()}
+        whole, size = joined(list(by_text.values())), describe_source(self.model.source)
+        domains = []
+        for name, scores in by_text.items():
+            beside = None if first is self else _paired(scores.kl - theirs[name].kl)
+            domains.append(DomainQuality(name=name, paired=beside, **_figures(scores)))
+        return Quality(
+            model=self.model.name,
+            weight_bytes=size.weight_bytes,
+            bits_per_weight=size.bits_per_weight,
+            exact=self.model.exact,
+            domains=tuple(domains),
+            worst=tuple(self.worst.tokens),
+            cache_error=self.cache_error(cached),
+            paired=None if first is self else _paired(whole.kl - joined(list(theirs.values())).kl),
+            **_figures(whole),
+        )
+
+
+def _pieces(source: Source, tokenizer: Tokenizer, texts: dict[str, Path], most: int) -> list[_Piece]:
+    """The windows of all texts, in the reference's tokens."""
+    if most < 1:
+        raise FewbitError("No window to score.", f"Asked for {most}.", "Give --windows 1 or more.")
+    if not texts:
+        raise FewbitError("There is no text to measure on.", "None was given.", "Give --text FILE.")
+    found = []
+    for name, file in texts.items():
+        try:
+            windows = windows_of(read_text(file), tokenizer, WINDOW, most)
+        except FewbitError as e:
+            raise FewbitError(e.what, f"{file}: {e.facts}", e.next_step) from e
+        if int(windows.max()) >= source.args.vocab_size:
+            raise FewbitError(
+                f"The tokenizer of {source.name} does not belong to its weights.",
+                f"It gives token {int(windows.max()):,}; the model has {source.args.vocab_size:,}.",
+                "Download the model again.",
+            )
+        found += [_Piece(name, i, window) for i, window in enumerate(windows)]
+    return found
+
+
+def _check(reference: Source, candidates: list[Source]) -> None:
+    """Before anything is loaded: windows must fit the models, and the vocabularies be the same."""
+    if not candidates:
+        raise FewbitError("There is no model to measure.", "None was given.", "Give one model or several.")
+    for source in (reference, *candidates):
+        if source.args.max_position_embeddings < WINDOW:
+            raise FewbitError(
+                f"{source.name} is too small to measure.",
+                f"Its context is {source.args.max_position_embeddings}; a window takes {WINDOW} tokens.",
+                "Use a model with a longer context.",
+            )
+        if source.args.vocab_size != reference.args.vocab_size:
+            raise FewbitError(
+                f"{source.name} and {reference.name} have different vocabularies.",
+                f"{source.args.vocab_size:,} and {reference.args.vocab_size:,} tokens.",
+                "Compare a model with the one it was made from.",
+            )
+
+
+def _figures(scores: Scores) -> dict[str, Any]:
+    """The fields that `Quality` and `DomainQuality` share."""
+    perplexity, reference = float(scores.loss.mean().exp()), float(scores.reference_loss.mean().exp())
+    return {
+        "mean_kl": float(scores.kl.mean()),
+        "mean_kl_error": _error(scores.kl),
+        "median_kl": float(scores.kl.quantile(0.5)),
+        "p99_kl": float(scores.kl.quantile(0.99)),
+        "top1": float(scores.agrees.mean()),
+        "top1_error": _error(scores.agrees),
+        "perplexity": perplexity,
+        "perplexity_error": perplexity * _error(scores.loss),
+        "reference_perplexity": reference,
+        "reference_perplexity_error": reference * _error(scores.reference_loss),
+        "tokens": len(scores.kl),
+    }
+
+
+def _paired(difference: Tensor) -> Paired:
+    """From the difference of two candidates' KL at each token, float64 [n]."""
+    mean, error = float(difference.mean()), _error(difference)
+    verdict = "not distinguishable"
+    if abs(mean) > 2 * error:
+        verdict = "lower" if mean < 0 else "higher"
+    return Paired(mean, error, verdict)
 
 
 def _error(x: Tensor) -> float:

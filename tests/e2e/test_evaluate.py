@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import fewbit
 from fewbit.errors import FewbitError
-from tests.conftest import write_folder
+from fewbit.evaluator import Quality
+from fewbit.runtime.cache import Sequence
+from fewbit.runtime.engine import LanguageModel
+from fewbit.scoring import Prediction, score
+from tests.conftest import CONFIG, random_weights, write_folder
 
 LETTERS = random.Random(5)
 TEXT = "".join(LETTERS.choice("abcde fghij.\n") for _ in range(1300))
@@ -95,3 +101,195 @@ def test_wrong_input_is_said(tiny_folder: Path, tmp_path: Path, text: Path) -> N
             fewbit.evaluate(*args)
     with pytest.raises(FewbitError, match="window"):
         fewbit.evaluate(tiny_folder, tiny_folder, text, windows=0)
+
+
+# One window
+
+
+def test_scores_equal_a_slow_loop() -> None:
+    random = torch.Generator().manual_seed(2)
+    one, two = torch.randn(11, 37, generator=random) * 4, torch.randn(11, 37, generator=random) * 4
+    targets = torch.randint(0, 37, (11,), generator=random)
+    found = score(Prediction(one), Prediction(two), targets)
+    for i in range(11):
+        p, q = ([math.exp(x) for x in row.double().tolist()] for row in (one[i], two[i]))
+        p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
+        assert float(found.kl[i]) == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+        assert float(found.loss[i]) == pytest.approx(-math.log(q[targets[i]]))
+        assert float(found.reference_loss[i]) == pytest.approx(-math.log(p[targets[i]]))
+        assert bool(found.agrees[i]) == (p.index(max(p)) == q.index(max(q)))
+
+
+def test_a_divergence_of_a_billionth_is_seen_and_none_is_negative() -> None:
+    random = torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn(64, 5000, generator=random)
+    near = Prediction(logits + 3e-5 * torch.randn(64, 5000, generator=random))
+    one = Prediction(logits)
+    truth = (
+        logits.double().softmax(-1) * (logits.double().log_softmax(-1) - near.logits.double().log_softmax(-1))
+    ).sum(-1)
+    assert 1e-10 < float(truth.mean()) < 1e-9
+    assert torch.allclose(one.kl(near), truth, rtol=1e-4, atol=1e-13)
+    # the same distributions from logits that differ by a constant
+    assert 0 <= float(one.kl(Prediction(logits + 8)).min()) <= float(one.kl(Prediction(logits + 8)).max()) < 1e-12
+
+
+# Several candidates and texts
+
+
+@pytest.fixture
+def measured(tiny_folder: Path, tmp_path: Path, text: Path) -> list[Quality]:
+    """Three candidates on three windows of two texts."""
+    second = tmp_path / "other.txt"
+    second.write_text(TEXT[::-1][:700])
+    for form in ("int8", "int4g32", "int3g32"):
+        fewbit.quantize(tiny_folder, tmp_path / form, format=form, head="16bit")
+    models = [tmp_path / form for form in ("int4g32", "int8", "int3g32")]
+    return fewbit.evaluate(models, tiny_folder, {"prose": text, "code": second}, exact=True)
+
+
+@pytest.fixture
+def by_hand(tiny_folder: Path, tmp_path: Path, measured: list[Quality]) -> dict[str, dict[str, torch.Tensor]]:
+    """Per-token KL float64 of each model on each text, from this project's logits and nothing else of its own."""
+    reference = fewbit.load(tiny_folder, exact=True)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for model in (tmp_path / form for form in ("int4g32", "int8", "int3g32")):
+        candidate = fewbit.load(model, exact=True)
+        for name, content in (("prose", TEXT), ("code", TEXT[::-1][:700])):
+            ids, kl = reference.tokenizer.encode(content), []
+            for start in range(0, len(ids) - 511, 512):
+                p, q = (log_probs(m, ids[start : start + 512]) for m in (reference, candidate))
+                kl.append((p.exp() * (p - q)).sum(-1))
+            found.setdefault(model.name, {})[name] = torch.cat(kl)
+    return found
+
+
+def log_probs(model: LanguageModel, ids: list[int]) -> torch.Tensor:
+    sequence = Sequence()
+    logits = model.forward([(sequence, ids)], list(range(256, 511)))
+    model.allocator.truncate(sequence, 0)
+    return logits.double().log_softmax(-1)
+
+
+def test_domains_add_up(measured: list[Quality], by_hand: dict[str, dict[str, torch.Tensor]]) -> None:
+    for quality in measured:
+        assert [(d.name, d.tokens) for d in quality.domains] == [("prose", 510), ("code", 255)]
+        assert quality.tokens == 765
+        for figure in ("mean_kl", "top1"):
+            whole = sum(getattr(d, figure) * d.tokens for d in quality.domains) / quality.tokens
+            assert getattr(quality, figure) == pytest.approx(whole)
+        loss = sum(math.log(d.perplexity) * d.tokens for d in quality.domains) / quality.tokens
+        assert math.log(quality.perplexity) == pytest.approx(loss)
+        for domain in quality.domains:
+            slow = by_hand[Path(quality.model).name][domain.name]
+            assert domain.mean_kl == pytest.approx(float(slow.mean()), rel=1e-5)
+            assert domain.p99_kl == pytest.approx(float(slow.quantile(0.99)), rel=1e-4)
+
+
+def test_the_paired_error_is_numpy_s(measured: list[Quality], by_hand: dict[str, dict[str, torch.Tensor]]) -> None:
+    first, *others = measured
+    assert first.paired is None
+    assert all(domain.paired is None for domain in first.domains)
+    kl = {name: np.concatenate([t.numpy() for t in texts.values()]) for name, texts in by_hand.items()}
+    for quality, word in zip(others, ("lower", "higher"), strict=True):
+        difference = kl[Path(quality.model).name] - kl["int4g32"]
+        assert quality.paired is not None
+        assert quality.paired.difference == pytest.approx(difference.mean(), rel=1e-5)
+        assert quality.paired.error == pytest.approx(difference.std(ddof=1) / len(difference) ** 0.5, rel=1e-4)
+        assert quality.paired.verdict == word
+        assert [d.paired.verdict for d in quality.domains if d.paired] == [word, word]
+
+
+def test_two_of_the_same_are_not_told_apart(tiny_folder: Path, tmp_path: Path, text: Path) -> None:
+    fewbit.quantize(tiny_folder, tmp_path / "q", format="int4g32")
+    _, second = fewbit.evaluate([tmp_path / "q"] * 2, tiny_folder, text, windows=1)
+    assert second.paired is not None
+    assert (second.paired.difference, second.paired.verdict) == (0, "not distinguishable")
+    from fewbit.evaluator import _paired
+
+    noise = torch.tensor([1.0, -1.0] * 50, dtype=torch.float64)
+    # the error of such a mean is 0.1005
+    for shift, verdict in ((0.19, "not distinguishable"), (0.21, "higher"), (-0.21, "lower")):
+        assert _paired(noise + shift).verdict == verdict
+
+
+def test_the_worst_tokens_are_those_of_a_sort(
+    measured: list[Quality], by_hand: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    for quality in measured:
+        texts = by_hand[Path(quality.model).name]
+        everything = sorted(((float(v), n, i) for n, t in texts.items() for i, v in enumerate(t)), reverse=True)[:20]
+        assert len(quality.worst) == 20
+        for token, (kl, name, i) in zip(quality.worst, everything, strict=True):
+            assert token.kl == pytest.approx(kl, rel=1e-4)
+            assert (token.domain, token.window, token.position) == (name, i // 255, 257 + i % 255)
+            content = TEXT if name == "prose" else TEXT[::-1]
+            at = token.window * 512 + token.position
+            # a token is a character here
+            assert token.actual == content[at]
+            assert token.before == content[at - 40 : at]
+            for side in (token.expected, token.found):
+                probabilities = [p for _, p in side]
+                assert len(side) == 3
+                assert probabilities == sorted(probabilities, reverse=True)
+                assert 0 < sum(probabilities) <= 1
+        # the candidate's own words, not the reference's twice
+        assert any(token.expected != token.found for token in quality.worst)
+
+
+def test_texts_go_by_their_stems(tiny_folder: Path, tmp_path: Path, text: Path) -> None:
+    (found,) = fewbit.evaluate(tiny_folder, tiny_folder, [text], windows=1)
+    assert [d.name for d in found.domains] == ["text"]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(FewbitError, match=r"short.txt: It has 9 tokens"):
+        fewbit.evaluate(tiny_folder, tiny_folder, [text, tmp_path / "short.txt"])
+    with pytest.raises(FewbitError, match="'text'"):
+        fewbit.evaluate(tiny_folder, tiny_folder, [text, tmp_path / "in" / "text.md"])
+    for nothing in ([], {}):
+        with pytest.raises(FewbitError, match="no text"):
+            fewbit.evaluate(tiny_folder, tiny_folder, nothing)
+    with pytest.raises(FewbitError, match="no model"):
+        fewbit.evaluate([], tiny_folder, text)
+
+
+# Models that fail
+
+
+@pytest.mark.parametrize("role", ["candidate", "reference"])
+@pytest.mark.parametrize("size", [3e38, float("nan")])
+def test_predictions_that_are_not_finite_are_counted(
+    tiny_folder: Path, tmp_path: Path, text: Path, role: str, size: float
+) -> None:
+    weights = random_weights(CONFIG | {"tie_word_embeddings": False})
+    # its products overflow to either side, at some positions and not at others
+    weights["lm_head.weight"][7] *= size
+    broken = write_folder(tmp_path / "broken", weights, tie_word_embeddings=False)
+    model = fewbit.load(broken, exact=True)
+    logits = model.forward([(Sequence(), model.tokenizer.encode(TEXT)[:512])], list(range(256, 511)))
+    count = int((~logits.isfinite().all(-1)).sum())
+    assert 0 < count <= 255
+    assert (count == 255) == math.isnan(size)
+    pair = (broken, tiny_folder) if role == "candidate" else (tiny_folder, broken)
+    with pytest.raises(FewbitError) as failed:
+        fewbit.evaluate(*pair, text, exact=True)
+    assert failed.value.what == f"The predictions of {broken} are not finite."
+    assert failed.value.facts == f"{count} of the 255 scored positions of window 1 of 'text'."
+    assert "--exact" in failed.value.next_step
+
+
+def test_a_token_that_a_candidate_rules_out_is_no_mean_of_infinity(
+    tiny_folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = LanguageModel.forward
+
+    def ruled_out(self: LanguageModel, *args: Any, **settings: Any) -> torch.Tensor:
+        logits = plain(self, *args, **settings).clone()
+        if not self.exact:
+            logits[[3, 5, 8], 7] = -math.inf
+        return logits
+
+    monkeypatch.setattr(LanguageModel, "forward", ruled_out)
+    with pytest.raises(FewbitError) as failed:
+        fewbit.evaluate(tiny_folder, tiny_folder, text)
+    assert failed.value.facts.startswith("3 of the 255 scored positions of window 1 ")

@@ -31,12 +31,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": LOW | {"config_values", "formats", "kernels", "layers"},
     "checkpoint": LOW | {"config_values", "formats"},
     "tokenizer": {"errors", "checkpoint"},
-    "calibration": {"errors", "tokenizer"},
+    "scoring": {"tokenizer"},
+    "documents": {"errors"},
+    "calibration": {"errors", "tokenizer", "documents"},
     "source": LOW | {"formats", "models", "checkpoint", "store"},
+    "origin": {"config_values", "checkpoint", "source"},
+    "reference_cache": {"store", "scoring", "source"},
     "quantizer": LOW | {"formats", "methods", "models", "checkpoint", "tokenizer", "store", "source"},
     "runtime": LOW | {"formats", "kernels", "layers", "models", "checkpoint", "tokenizer", "store", "source", "memory"},
 }
-MAY_IMPORT["evaluator"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
+MAY_IMPORT["self_calibration"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
+MAY_IMPORT["evaluator"] = MAY_IMPORT["runtime"] | {"runtime", "calibration", "scoring", "reference_cache"}
+MAY_IMPORT["tasks"] = MAY_IMPORT["runtime"] | {"runtime"}
 # the public names and the command line stand above all
 TOP = {"__init__", "cli"}
 # the compiled kernels are read through the kernels package

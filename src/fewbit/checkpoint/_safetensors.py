@@ -89,8 +89,13 @@ class ShardWriter:
     """One safetensors file whose tensors are written in any order, by pieces along the first axis."""
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
+        self,
+        path: Path,
+        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: dict[str, str],
+        resume: bool = False,
     ) -> None:
+        """`resume` goes on with a file that another run began with the same arguments; FewbitError where it differs."""
         # widest dtype first, as the library writes them: every tensor is then aligned
         order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
         header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
@@ -104,9 +109,20 @@ class ShardWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self.start = 8 + len(text)
-        self.file = path.open("wb")
-        self.file.write(len(text).to_bytes(8, "little") + text)
-        self.file.truncate(self.start + end)
+        beginning = len(text).to_bytes(8, "little") + text
+        if resume:
+            self.file = path.open("r+b")
+            if self.file.read(len(beginning)) != beginning or path.stat().st_size != self.start + end:
+                self.file.close()
+                raise FewbitError(
+                    "The unfinished output is damaged.",
+                    f"{path} is not the file this command began.",
+                    "Start again: the same command with --restart.",
+                )
+        else:
+            self.file = path.open("wb")
+            self.file.write(beginning)
+            self.file.truncate(self.start + end)
 
     def write(self, name: str, piece: Tensor) -> None:
         """Append the next rows of a tensor."""
@@ -118,13 +134,21 @@ class ShardWriter:
         self.file.write(data)
         place[0] += len(data)
 
+    def kept(self, name: str) -> None:
+        """The tensor was written whole by an earlier run."""
+        self.place[name][0] = self.place[name][1]
+
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
     def finish(self) -> None:
         """Bring everything to the disk; every planned byte must have been written."""
         missing = [name for name, (at, end) in self.place.items() if at != end]
         if missing:
             raise ValueError(f"tensors without all of their bytes: {', '.join(missing)}")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        self.sync()
 
     def __enter__(self) -> ShardWriter:
         return self

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fewbit.checkpoint import _journal as journal
+from fewbit.checkpoint._journal import Journal
 from fewbit.checkpoint._safetensors import ShardWriter
 from fewbit.errors import FewbitError
 from fewbit.formats import Format, Layout, parse
@@ -92,16 +94,28 @@ def _modules(names: set[str]) -> set[str]:
 
 
 class Writer:
-    """Writes a folder beside `out` under a name of its own and renames it into place when it is whole.
+    """Writes a folder beside `out` and renames it into place when it is whole.
 
-    Used as a context manager: leaving it by an error, Ctrl-C included, removes everything it wrote.
+    `fingerprint` says which run the output belongs to: an unfinished folder of the same run is gone on with, one of
+    another run is refused with what differs (`restart` throws it away). Used as a context manager: leaving it by an
+    error, Ctrl-C included, keeps the units that were committed, and removes everything where there are none.
     """
 
-    def __init__(self, out: Path, tensors: Sequence[Planned], scale_dtype: torch.dtype, facts: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        out: Path,
+        tensors: Sequence[Planned],
+        scale_dtype: torch.dtype,
+        facts: dict[str, Any],
+        fingerprint: dict[str, Any] | None = None,
+        restart: bool = False,
+    ) -> None:
         self.out, self.tensors, self.scale_dtype = out.absolute(), tensors, scale_dtype
         specs = {t.name: t.spec for t in tensors if isinstance(t.format, IntegerFormat)}
         self.facts = facts | {"specs": specs}
+        self.fingerprint, self.restart = fingerprint or {}, restart
         self.partial: Path | None = None
+        self.journal: Journal | None = None
         self.home: dict[str, ShardWriter] = {}
         self.stack = ExitStack()
 
@@ -110,17 +124,73 @@ class Writer:
         """Bytes of all tensors, before anything is written."""
         return sum(_bytes(t.stored(self.scale_dtype)) for t in self.tensors)
 
+    @property
+    def unfinished(self) -> Path:
+        """Where the output lies until it is whole."""
+        return self.out.parent / f".{self.out.name}.partial"
+
+    @property
+    def done(self) -> list[str]:
+        """Units that are whole on the disk."""
+        return self.journal.done if self.journal is not None else []
+
+    @property
+    def folder(self) -> Path:
+        """The folder while it is written; only inside the `with` block."""
+        if self.partial is None:
+            raise ValueError("a Writer writes only inside its `with` block")
+        return self.partial
+
     def __enter__(self) -> Writer:
-        self._check()
+        self._check_place()
+        kept = self._kept_units()
         try:
-            # never a guessable name: what lies there could be somebody else's, or lead somewhere else
-            self.partial = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", suffix=".partial", dir=self.out.parent))
-            self._open_shards(self.partial)
+            if kept is None:
+                self._check_space()
+                self._begin()
+            else:
+                self.partial = self.unfinished
+                self.journal = Journal(self.partial, self.fingerprint, kept)
+                self._open_shards(self.partial, resume=True)
         except BaseException:
-            self.stack.close()
-            self._discard()
+            self._leave()
             raise
         return self
+
+    def _begin(self) -> None:
+        # made under a name nobody can guess and renamed: what lies under the final name is whole and ours
+        fresh = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", suffix=".new", dir=self.out.parent))
+        self.partial = fresh
+        self.journal = Journal(fresh, self.fingerprint, [])
+        self._open_shards(fresh, resume=False)
+        self.journal.save()
+        fresh.rename(self.unfinished)
+        self.partial = self.journal.folder = self.unfinished
+
+    def _kept_units(self) -> list[str] | None:
+        """What an unfinished output of this run has; None where there is none."""
+        place = self.unfinished
+        if not place.exists() and not place.is_symlink():
+            return None
+        found = journal.read(place)
+        if found is None:
+            raise FewbitError(
+                f"{str(place)!r} is in the way.",
+                "It is no unfinished output of fewbit's that belongs to this user.",
+                "Remove it, or choose another output.",
+            )
+        # held while it is judged: it may be somebody's work right now
+        Journal(place, found[0], found[1]).close()
+        if self.restart:
+            shutil.rmtree(place)
+            return None
+        if changed := journal.differences(found[0], self.fingerprint):
+            raise FewbitError(
+                f"An unfinished output of another run lies at {str(place)!r}.",
+                "; ".join(changed) + ".",
+                "Run the command as before to go on with it, add --restart to begin anew, or choose another output.",
+            )
+        return found[1]
 
     def _check_absent(self) -> None:
         if self.out.exists() or self.out.is_symlink():
@@ -130,7 +200,7 @@ class Writer:
                 f"Choose another name, or remove it first: rm -r {shlex.quote(str(self.out))}",
             )
 
-    def _check(self) -> None:
+    def _check_place(self) -> None:
         self._check_absent()
         parent = self.out.parent
         if not parent.is_dir():
@@ -145,6 +215,9 @@ class Writer:
                 f"Asked for {self.out}; the folder's permissions refuse it.",
                 "Change its permissions, or choose another output.",
             )
+
+    def _check_space(self) -> None:
+        parent = self.out.parent
         free = shutil.disk_usage(parent).free
         if free < self.nbytes:
             raise FewbitError(
@@ -153,7 +226,7 @@ class Writer:
                 "Free some space, or choose an output folder on another disk.",
             )
 
-    def _open_shards(self, folder: Path) -> None:
+    def _open_shards(self, folder: Path, resume: bool) -> None:
         shards = list(_split(self.tensors, self.scale_dtype))
         metadata = {"fewbit": json.dumps(self.facts, sort_keys=True)}
         table: dict[str, str] = {}
@@ -162,7 +235,7 @@ class Writer:
             stored: Layout = {}
             for t in members:
                 stored |= t.stored(self.scale_dtype)
-            writer = self.stack.enter_context(ShardWriter(folder / file, stored, metadata))
+            writer = self.stack.enter_context(ShardWriter(folder / file, stored, metadata, resume))
             self.home |= {t.name: writer for t in members}
             table |= dict.fromkeys(stored, file)
         if len(shards) > 1:
@@ -177,30 +250,46 @@ class Writer:
         if f"{planned.name}_shape" in writer.place:
             writer.write(f"{planned.name}_shape", torch.tensor(planned.shape))
 
+    def commit(self, unit: str, tensors: Iterable[Planned]) -> None:
+        """The unit's `tensors` are written: bring them to the disk, and note it."""
+        for shard in {id(self.home[t.name]): self.home[t.name] for t in tensors}.values():
+            shard.sync()
+        if self.journal is not None:
+            self.journal.commit(unit)
+
+    def keep(self, tensors: Iterable[Planned]) -> None:
+        """These tensors were committed by an earlier run."""
+        for planned in tensors:
+            for stored in planned.stored(self.scale_dtype):
+                self.home[planned.name].kept(stored)
+
     def text(self, name: str, content: dict[str, Any] | str) -> None:
         """A text or JSON file beside the weights."""
         if not isinstance(content, str):
             content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        if self.partial is None:
-            raise ValueError("a Writer writes only inside its `with` block")
-        (self.partial / name).write_text(content, encoding="utf-8")
+        (self.folder / name).write_text(content, encoding="utf-8")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: Any) -> None:
         try:
             self.stack.__exit__(kind, error, at)
-            if kind is None and self.partial is not None:
+            if kind is None and self.partial is not None and self.journal is not None:
                 # another process may have been faster
                 self._check_absent()
+                self.journal.remove()
                 self.partial.chmod(0o755)
                 self.partial.rename(self.out)
                 self.partial = None
         finally:
-            self._discard()
+            self._leave()
 
-    def _discard(self) -> None:
-        if self.partial is not None:
+    def _leave(self) -> None:
+        """Close everything; without a committed unit nothing stays."""
+        self.stack.close()
+        if self.journal is not None:
+            self.journal.close()
+        if self.partial is not None and not self.done:
             shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial = None
+        self.partial = None
 
 
 def _bytes(layout: Layout) -> int:

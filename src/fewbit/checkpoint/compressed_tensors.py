@@ -1,9 +1,10 @@
 """Folders of packed integers: compressed-tensors `pack-quantized`, and fewbit's wider spelling of the same idea.
 
 A matrix `x.weight` [N, K] lies as `x.weight_packed` int32, `x.weight_scale`, `x.weight_shape` int64 [2] and, where it
-is asymmetric, `x.weight_zero_point`. What compressed-tensors can say is written as such, and vLLM, SGLang and
-transformers load the folder. What it can't (a quantized embedding or head, ragged groups, other widths than 4 and 8)
-keeps the spelling under `quant_method: "fewbit"`. fewbit's own facts lie in the files' `__metadata__["fewbit"]`.
+is asymmetric, `x.weight_zero_point`; older folders with activation order give each column's group in `x.weight_g_idx`.
+What compressed-tensors can say is written as such, and vLLM, SGLang and transformers load the folder. What it can't (a
+quantized embedding or head, ragged groups, other widths than 4 and 8) keeps the spelling under `quant_method:
+"fewbit"`. fewbit's own facts lie in the files' `__metadata__["fewbit"]`.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from typing import Any
 
 import regex
 import torch
+from torch import Tensor
 
 from fewbit.checkpoint import Checkpoint, TokenizerData
 from fewbit.checkpoint._folder import read_json, tokenizer_data, weight_files
+from fewbit.checkpoint._foreign import scattered
 from fewbit.checkpoint._safetensors import Shards
 from fewbit.checkpoint._writer import SPELLING
 from fewbit.checkpoint.huggingface import SPECS
 from fewbit.config_values import shown
 from fewbit.errors import FewbitError
-from fewbit.formats import Layout, parse
+from fewbit.formats import Format, Layout, parse
 from fewbit.formats.integer import IntegerFormat
 from fewbit.qtensor import QTensor
 
@@ -53,7 +56,7 @@ class CompressedTensors(Checkpoint):
         self._facts = _read_facts(self.shards)
         self._specs: dict[str, str] = {}
         for stored in self.shards.home:
-            name = re.sub(r"(_packed|_scale|_zero_point|_shape)$", "", stored)
+            name = re.sub(r"(_packed|_scale|_zero_point|_shape|_g_idx)$", "", stored)
             if f"{name}_packed" in self.shards:
                 self._specs.setdefault(name, "")
             elif stored == name:
@@ -120,8 +123,21 @@ class CompressedTensors(Checkpoint):
         parts = {part: self.shards.read(f"{name}{SPELLING[part]}") for part in fmt.layout(shape, torch.float32)}
         if parts["scale"].dtype not in SPECS or any(parts[p].dtype != torch.int32 for p in parts if p != "scale"):
             raise _wrong_shape(name, f"dtypes are { {p: str(t.dtype) for p, t in parts.items()} }")
+        if (order := self._order(name, shape[1], parts["scale"].shape[1], fmt)) is not None:
+            parts["g_idx"] = order
         q = QTensor(spec, shape, parts)
         return q if rows is None else fmt.take(q, torch.arange(*rows))
+
+    def _order(self, name: str, columns: int, groups: int, fmt: Format) -> Tensor | None:
+        """Each column's group, where groups are not neighbouring columns."""
+        stored = f"{name}_g_idx"
+        if stored not in self.shards or not isinstance(fmt, IntegerFormat):
+            return None
+        if self.shards.shape(stored) != (columns,) or self.shards.dtype(stored) != torch.int32:
+            raise _wrong_shape(name, f"g_idx is {self.shards.dtype(stored)} {self.shards.shape(stored)}")
+        order = self.shards.read(stored)
+        # what was never set is all -1, and means neighbours
+        return None if bool((order == -1).any()) else scattered(name, order, groups, fmt.span(columns))
 
     def tokenizer(self) -> TokenizerData:
         return tokenizer_data(self.path)
@@ -197,7 +213,7 @@ def _odd_group(label: str, found: Any, wanted: str) -> FewbitError:
 
 def _scheme_spec(w: dict[str, Any]) -> str | None:
     bits, size, strategy = w.get("num_bits"), w.get("group_size"), w.get("strategy")
-    if w.get("type") != "int" or bits not in (2, 4, 8) or isinstance(bits, float) or w.get("actorder") == "group":
+    if w.get("type") != "int" or bits not in (2, 4, 8) or isinstance(bits, float):
         return None
     ending = "" if w.get("symmetric") else "a"
     if strategy == "channel":

@@ -44,6 +44,20 @@ class Affine:
     bits: int
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """Values as `scale[:, group] * levels`: what refining scales needs.
+
+    levels  float32 [out, in]; scale  float32 [out, groups]; group  int64 [in], the group of each column
+    limits  float32 [out, in or 1] pairs (low, high): the levels a weight could take
+    """
+
+    levels: Tensor
+    scale: Tensor
+    group: Tensor
+    limits: tuple[Tensor, Tensor]
+
+
 class Format(ABC):
     """One way to store a matrix in few bits. Instances are immutable and cheap."""
 
@@ -88,6 +102,25 @@ class Format(ABC):
     def round(self, w: Tensor, params: Params) -> Tensor:
         """The nearest code of each weight under `params`."""
         raise NotImplementedError(f"{self.spec} is read-only")
+
+    def at(self, params: Params, columns: Tensor) -> tuple[Format, Params]:
+        """This format on the given columns alone (int64 [n]), in that order: `round` and `value` of w[:, columns] under
+        the returned format and parameters give what they give for the whole. Every parameter has one column a weight,
+        so that it can be sliced like the weights. What methods that fix one column after the other need.
+        """
+        raise NotImplementedError(f"{self.spec} is read-only")
+
+    def nearest(self, w: Tensor, params: Params) -> Tensor:
+        """The value nearest to each weight: `value(round(w))`, in one go where that is faster."""
+        return self.value(self.round(w, params), params)
+
+    def scaled(self, codes: Tensor, params: Params) -> Scaled | None:
+        """The values as scale x level, where the format is linear in its scales; None otherwise."""
+        return None
+
+    def with_scale(self, params: Params, scale: Tensor) -> Params:
+        """Other scales, float32 [out, groups], rounded as `params["scale"]` is stored; never zero."""
+        raise NotImplementedError(f"{self.spec} has no scales to replace")
 
     def pack(self, codes: Tensor, params: Params) -> QTensor:
         """Codes and parameters as stored parts; the inverse of `unpack`."""

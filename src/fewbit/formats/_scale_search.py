@@ -62,7 +62,7 @@ class _Best:
     def offer(self, scale: Tensor, zero: Tensor | float) -> None:
         """Try one candidate a row; the better of it and the present one stays."""
         scale = storable(scale, self.dtype)
-        shift = zero[:, None] if isinstance(zero, Tensor) else torch.tensor(zero)
+        shift = zero[:, None] if isinstance(zero, Tensor) else torch.tensor(zero, device=self.g.device)
         top = 2**self.bits - 1
         q = (self.g * (1.0 / scale)[:, None]).round_()
         q = q.clamp_(-shift, top - shift)

@@ -8,6 +8,7 @@ Parts of a tensor [out, in] with G = ceil(in / group) groups; a last group may b
     packed  int32 [out, ceil(in * bits / 32)]     codes along the row, see _bitstream
     scale   [out, G] in the model's dtype
     zero    int32 [ceil(out * bits / 32), G]      asymmetric only: zero points, packed down the column
+    g_idx   int32 [in]                            optional, read only: each column's group, where they are not in order
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewbit.formats import Affine, Format, Layout, Params, Shape
+from fewbit.formats import Affine, Format, Layout, Params, Scaled, Shape
 from fewbit.formats import _scale_search as scales
 from fewbit.formats._bitstream import pack_rows, unpack_rows, words
 from fewbit.qtensor import QTensor
@@ -101,8 +102,10 @@ class IntegerFormat(Format):
         span = self.span(x.shape[1])
         return torch.nn.functional.pad(x, (0, -x.shape[1] % span)).reshape(-1, span)
 
-    def _spread(self, per_group: Tensor, columns: int) -> Tensor:
+    def _spread(self, per_group: Tensor, columns: int, g_idx: Tensor | None = None) -> Tensor:
         """[n, G] -> [n, in]: every column its group's entry."""
+        if g_idx is not None:
+            return per_group[:, g_idx.long()]
         span = self.span(columns)
         if per_group.shape[1] == 1:
             return per_group.expand(-1, columns)
@@ -111,13 +114,13 @@ class IntegerFormat(Format):
     def _zero(self, params: Params, columns: int) -> Tensor | float:
         if not self.asymmetric:
             return float(2 ** (self.bits - 1))
-        return self._spread(params["zero"].float(), columns)
+        return self._spread(params["zero"].float(), columns, params.get("g_idx"))
 
     def round(self, w: Tensor, params: Params) -> Tensor:
         columns = w.shape[1]
         codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
         for part, p in _slices(w, params):
-            q = (w[part].float() / self._spread(p["scale"].float(), columns)).round_()
+            q = (w[part].float() / self._spread(p["scale"].float(), columns, p.get("g_idx"))).round_()
             codes[part] = q.add_(self._zero(p, columns)).clamp_(0, 2**self.bits - 1).to(torch.uint8)
         return codes
 
@@ -126,30 +129,56 @@ class IntegerFormat(Format):
         out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
         for part, p in _slices(codes, params):
             shifted = codes[part].float().sub_(self._zero(p, columns))
-            out[part] = shifted.mul_(self._spread(p["scale"].float(), columns))
+            out[part] = shifted.mul_(self._spread(p["scale"].float(), columns, p.get("g_idx")))
         return out
+
+    def at(self, params: Params, columns: Tensor) -> tuple[Format, Params]:
+        whole = int(columns.max()) + 1
+        spread = {name: self._spread(p, whole)[:, columns] for name, p in params.items()}
+        return IntegerFormat(self.bits, 1, self.asymmetric), spread
+
+    def nearest(self, w: Tensor, params: Params) -> Tensor:
+        columns, top = w.shape[1], 2**self.bits - 1
+        scale, zero = self._spread(params["scale"].float(), columns), self._zero(params, columns)
+        return (w / scale).round_().clamp_(-zero, top - zero).mul_(scale)
+
+    def scaled(self, codes: Tensor, params: Params) -> Scaled:
+        columns = codes.shape[1]
+        zero = self._zero(params, columns)
+        if not isinstance(zero, Tensor):
+            zero = torch.full((1, 1), zero, device=codes.device)
+        group = torch.arange(columns, device=codes.device) // self.span(columns)
+        limits = (-zero, 2**self.bits - 1 - zero)
+        return Scaled(codes.float() - zero, params["scale"].float(), group, limits)
+
+    def with_scale(self, params: Params, scale: Tensor) -> Params:
+        dtype = params["scale"].dtype
+        return params | {"scale": scales.storable(scale, dtype).to(dtype)}
 
     def pack(self, codes: Tensor, params: Params) -> QTensor:
         parts = {"packed": pack_rows(codes, self.bits), "scale": params["scale"].contiguous()}
         if self.asymmetric:
             parts["zero"] = pack_rows(params["zero"].t().contiguous(), self.bits).t().contiguous()
-        return QTensor(self.spec, tuple(codes.shape), parts)
+        return QTensor(self.spec, tuple(codes.shape), parts | _order(params))
 
     def unpack(self, q: QTensor) -> tuple[Tensor, Params]:
         params = {"scale": q.parts["scale"]}
         if self.asymmetric:
             down = q.parts["zero"].t().contiguous()
             params["zero"] = unpack_rows(down, self.bits, q.shape[0]).t().contiguous()
-        return unpack_rows(q.parts["packed"], self.bits, q.shape[1]), params
+        return unpack_rows(q.parts["packed"], self.bits, q.shape[1]), params | _order(q.parts)
 
     def take(self, q: QTensor, rows: Tensor) -> QTensor:
         parts = {"packed": q.parts["packed"][rows], "scale": q.parts["scale"][rows]}
         if self.asymmetric:
             zero = unpack_rows(q.parts["zero"].t().contiguous(), self.bits, q.shape[0])[:, rows]
             parts["zero"] = pack_rows(zero.contiguous(), self.bits).t().contiguous()
-        return QTensor(self.spec, (len(rows), q.shape[1]), parts)
+        return QTensor(self.spec, (len(rows), q.shape[1]), parts | _order(q.parts))
 
-    def affine(self, q: QTensor) -> Affine:
+    def affine(self, q: QTensor) -> Affine | None:
+        if "g_idx" in q.parts:
+            # a group's columns lie scattered, and kernels take neighbours
+            return None
         codes, params = self.unpack(q)
         span = self.span(q.shape[1])
         if not self.asymmetric:
@@ -178,7 +207,12 @@ def _slices(w: Tensor, params: Params) -> Iterator[tuple[slice, Params]]:
     rows = max(1, SLICE_WEIGHTS // w.shape[1])
     for start in range(0, len(w), rows):
         part = slice(start, start + rows)
-        yield part, {name: p[part] for name, p in params.items()}
+        yield part, {name: p[part] for name, p in params.items() if name != "g_idx"} | _order(params)
+
+
+def _order(parts: Params) -> Params:
+    """The part that belongs to the columns, where there is one."""
+    return {"g_idx": parts["g_idx"]} if "g_idx" in parts else {}
 
 
 def parse(spec: str) -> IntegerFormat | None:

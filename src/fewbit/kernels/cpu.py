@@ -103,6 +103,8 @@ class Cpu(Backend):
         if len(q.shape) != 2:
             return f"{q.spec} of shape {q.shape} is not a matrix"
         # a single row has the tensor's whole structure
+        if "g_idx" in q.parts:
+            return f"{q.spec} has groups of scattered columns (activation order)"
         a = parse(q.spec).affine(parse(q.spec).take(q, torch.zeros(1, dtype=torch.int64)))
         if a is None:
             return f"{q.spec} is not scale times code plus offset"

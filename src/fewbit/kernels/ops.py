@@ -61,9 +61,9 @@ class Ops:
         """Rotate q [T, H, D] and k [T, KV, D] by cos, sin [T, D/2] (Su et al. 2021; halves, not pairs); write the
         rotated k and v [T, KV, D] to rows `slots` of the caches [R, KV, D]; return the rotated q [T, H, D].
         """
-        k_cache[slots] = _cached(_rotate(k, cos, sin), k_cache.dtype)
+        k_cache[slots] = _cached(rotate(k, cos, sin), k_cache.dtype)
         v_cache[slots] = _cached(v, v_cache.dtype)
-        return _rotate(q, cos, sin)
+        return rotate(q, cos, sin)
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
         """Causal grouped-query attention of q [T, H, D] over the cached rows of each token's sequence -> [T, H * D].
@@ -94,7 +94,8 @@ class Ops:
         return out
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, H, D] turned by cos, sin [T, D/2]: the two halves of a head are the pairs."""
     a, b = x.chunk(2, dim=-1)
     c, s = cos[:, None], sin[:, None]
     return torch.cat((a * c - b * s, b * c + a * s), dim=-1)

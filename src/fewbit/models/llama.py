@@ -95,7 +95,7 @@ def weights(args: Args) -> list[WeightInfo]:
     }
     found = [WeightInfo("model.embed_tokens.weight", (args.vocab_size, d), "embedding")]
     for i in range(args.num_hidden_layers):
-        prefix = f"model.layers.{i}."
+        prefix = BLOCK.format(i)
         found.append(WeightInfo(f"{prefix}input_layernorm.weight", (d,), "norm", i))
         found.append(WeightInfo(f"{prefix}post_attention_layernorm.weight", (d,), "norm", i))
         for name, shape in linears.items():
@@ -106,6 +106,15 @@ def weights(args: Args) -> list[WeightInfo]:
     if not args.tie_word_embeddings:
         found.append(WeightInfo("lm_head.weight", (args.vocab_size, d), "head"))
     return found
+
+
+# where a block's tensors lie
+BLOCK = "model.layers.{}."
+
+
+def rope(args: Args) -> Rope:
+    """Angles of positions, the same in every block."""
+    return Rope(args.rope, args.head_dim)
 
 
 class Block:
@@ -132,10 +141,10 @@ class Model:
     def __init__(self, args: Args, w: Weights) -> None:
         self.args = args
         self.embedding = w.linear("model.embed_tokens")
-        self.blocks = [Block(args, w, f"model.layers.{i}.") for i in range(args.num_hidden_layers)]
+        self.blocks = [Block(args, w, BLOCK.format(i)) for i in range(args.num_hidden_layers)]
         self.norm = RMSNorm(w.dense("model.norm.weight"), args.rms_norm_eps, w.ops)
         self.head = self.embedding if args.tie_word_embeddings else w.linear("lm_head")
-        self.rope = Rope(args.rope, args.head_dim)
+        self.rope = rope(args)
 
     def allocate(self, rows: int, dtype: torch.dtype) -> None:
         """Cache room for `rows` tokens in every layer."""

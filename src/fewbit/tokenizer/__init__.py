@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from fewbit.checkpoint import TokenizerData
@@ -58,8 +59,13 @@ class Tokenizer:
         """Text of the ids."""
         return str(self.inner.decode(list(ids), skip_special_tokens=skip_special))
 
-    def render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The conversation as the model was taught to read it; without a template, the contents line by line."""
+    def render(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, now: datetime | None = None
+    ) -> str:
+        """The conversation as the model was taught to read it; without a template, the contents line by line.
+
+        `now` is the time a template that writes the date is told (default: the clock's).
+        """
         if self.chat_template is None:
             return "\n".join(str(m["content"]) for m in messages) + "\n"
         tokens = {
@@ -70,7 +76,7 @@ class Tokenizer:
             )
         }
         return ChatTemplate(self.chat_template).render(
-            messages=list(messages), add_generation_prompt=add_generation_prompt, **tokens
+            now, messages=list(messages), add_generation_prompt=add_generation_prompt, **tokens
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError
@@ -39,10 +40,10 @@ class ChatTemplate:
                 "Use a plain prompt (`--raw`), or check where the model came from.",
             ) from e
 
-    def render(self, **values: Any) -> str:
+    def render(self, now: datetime | None = None, /, **values: Any) -> str:
         """The rendered text; FewbitError where the template fails, objects, or spends its budget."""
         pieces, size = [], 0
-        tools = {"range": _range, "raise_exception": _raise, "strftime_now": _strftime_now}
+        tools = {"range": _range, "raise_exception": _raise, "strftime_now": partial(_strftime_now, now)}
         self.environment.budget = BUDGET
         try:
             for piece in self.template.generate(**tools, **values):
@@ -72,11 +73,11 @@ def _range(*bounds: int) -> range:
     return found
 
 
-def _strftime_now(pattern: str) -> str:
-    """The local time; no padding to a width, which C libraries take to any length."""
+def _strftime_now(now: datetime | None, pattern: str) -> str:
+    """The time given, or the local one; no padding to a width, which C libraries take to any length."""
     if len(pattern) > 200 or re.search(r"%[-_0^#+]*\d", pattern):
         raise TemplateError(f"the time format {pattern[:40]!r} is not one a template may use")
-    return datetime.now().strftime(pattern)
+    return (now or datetime.now()).strftime(pattern)
 
 
 def _tojson(

@@ -1,0 +1,146 @@
+"""A model's blocks one at a time, in floating point: what calibration runs, watches and differentiates through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fewbit.formats import parse
+from fewbit.kernels.ops import Batch, Ops, rotate
+from fewbit.layers import Weights
+from fewbit.qtensor import QTensor
+from fewbit.source import Source
+
+# what a watcher is shown: the linear and its input [T, in]
+Watcher = Callable[["FloatLinear", Tensor], None]
+Reader = Callable[[str], QTensor]
+
+
+class WindowOps(Ops):
+    """Attention among the tokens of equal windows that know nothing of each other; no cache, differentiable."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self._keys = self._values = torch.empty(0)
+
+    def rotate_append(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor:
+        """Rotates like the definition, and keeps k and v for `attend` instead of a cache."""
+        self._keys, self._values = rotate(k, cos, sin), v
+        return rotate(q, cos, sin)
+
+    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
+        """q [T, H, D] with T a whole number of windows -> [T, H * D]."""
+        q, k, v = (x.unflatten(0, (-1, self.length)).transpose(1, 2) for x in (q, self._keys, self._values))
+        self._keys = self._values = torch.empty(0)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return y.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+class FloatLinear:
+    """One product for matrices of the same input, in float32; `weight` [sum of outs, in] may be replaced."""
+
+    def __init__(self, names: tuple[str, ...], weight: Tensor, splits: tuple[int, ...], bias: Tensor | None) -> None:
+        self.names, self.weight, self.splits, self.bias = names, weight, splits, bias
+        self.watcher: Watcher | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, in] -> [T, sum of outs]."""
+        if self.watcher is not None:
+            self.watcher(self, x)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+@dataclass(frozen=True)
+class FloatWeights(Weights):
+    """Hands a block its matrices as FloatLinear and remembers what it handed out, under the names without `.weight`."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    linears: list[FloatLinear] = field(default_factory=list)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+
+    def dense(self, name: str) -> Tensor:
+        """A small tensor in float32, kept by name: rewrites change it in place."""
+        self.vectors[name] = super().dense(name).to(self.device, copy=True)
+        return self.vectors[name]
+
+    def linear(self, *names: str) -> FloatLinear:  # type: ignore[override]
+        """The stacked matrices, dequantized."""
+        tensors = [self.read(f"{name}.weight") for name in names]
+        splits = tuple(q.shape[0] for q in tensors)
+        weight = torch.empty(sum(splits), tensors[0].shape[1], device=self.device)
+        for part, q in zip(weight.split(splits), tensors, strict=True):
+            part.copy_(parse(q.spec).dequantize(q))
+        biases = [
+            self.dense(f"{name}.bias") if self.has(f"{name}.bias") else torch.zeros(rows, device=self.device)
+            for name, rows in zip(names, splits, strict=True)
+        ]
+        bias = torch.cat(biases) if any(self.has(f"{name}.bias") for name in names) else None
+        made = FloatLinear(names, weight, splits, bias)
+        self.linears.append(made)
+        return made
+
+
+class FloatBlock:
+    """Block `index` of a model, every window of `length` tokens run alone.
+
+    linears  FloatLinear in the order they were asked for; vectors  norms and biases by full name
+    """
+
+    def __init__(self, source: Source, index: int, length: int, device: torch.device, read: Reader | None = None) -> None:
+        self.index, self.length, self.device = index, length, device
+        weights = FloatWeights(read or source.read, source.has, (), WindowOps(length), [], device)
+        self.prefix = source.module.BLOCK.format(index)
+        self.inner = source.module.Block(source.args, weights, self.prefix)
+        self.linears, self.vectors = weights.linears, weights.vectors
+        self.rope = source.module.rope(source.args)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [n, length, d] -> the same shape."""
+        n = len(x)
+        positions = torch.arange(self.length).repeat(n)
+        cos, sin = (t.to(self.device, x.dtype) for t in self.rope(positions))
+        return self.inner(x.flatten(0, 1), cos, sin, _NO_CACHE).unflatten(0, (n, self.length))  # type: ignore[no-any-return]
+
+    @contextmanager
+    def watched(self, watcher: Watcher) -> Iterator[None]:
+        """Shows `watcher` the input of every linear that runs inside."""
+        for linear in self.linears:
+            linear.watcher = watcher
+        try:
+            yield
+        finally:
+            for linear in self.linears:
+                linear.watcher = None
+
+
+_NONE = torch.empty(0, dtype=torch.int64)
+_NO_CACHE = Batch(_NONE, _NONE, _NONE, _NONE, 1)
+
+
+def embed(source: Source, windows: Tensor, slice_windows: int = 8, read: Reader | None = None) -> Iterator[Tensor]:
+    """Embedded tokens float32 [n, length, d] of windows int64 [N, length], a few windows at a time.
+
+    Only the rows that occur are read where the tensor is stored in floating point.
+    """
+    name = next(w.name for w in source.weights if w.role == "embedding")
+    q = (read or source.read)(name)
+    fmt = parse(q.spec)
+    for part in windows.split(slice_windows):
+        ids, back = part.flatten().unique(return_inverse=True)
+        yield fmt.dequantize(fmt.take(q, ids))[back].unflatten(0, tuple(part.shape))
