@@ -197,7 +197,7 @@ def run(rows: list[Row], args: argparse.Namespace, scratch: Path) -> None:
     tokens = scratch / "tokens.npy"
     np.save(tokens, windows(args.model, args.calibration, args.calibration_windows).numpy())
     interpreters = dict(entry.split("=", 1) for entry in args.python)
-    waiting, running = list(rows), []
+    waiting, running = list(rows), list[Job]()
     measure: Measure | None = None
     table = Table(args.output)
     while waiting or running:

@@ -102,7 +102,9 @@ class FloatBlock:
     linears  FloatLinear in the order they were asked for; vectors  norms and biases by full name
     """
 
-    def __init__(self, source: Source, index: int, length: int, device: torch.device, read: Reader | None = None) -> None:
+    def __init__(
+        self, source: Source, index: int, length: int, device: torch.device, read: Reader | None = None
+    ) -> None:
         self.index, self.length, self.device = index, length, device
         weights = FloatWeights(read or source.read, source.has, (), WindowOps(length), [], device)
         self.prefix = source.module.BLOCK.format(index)

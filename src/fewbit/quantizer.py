@@ -1,13 +1,10 @@
-"""The walk: a checkpoint's tensors one after the other, each quantized by its recipe and written as it goes.
-
-Peak memory is about one matrix in float32; embedding and head are walked in slices of rows.
-"""
+"""Quantize a model: what was asked for, checked; what each tensor becomes, planned; then the walk."""
 
 from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,19 +14,18 @@ import torch
 
 import fewbit
 from fewbit import store
+from fewbit.calibration import Calibration
+from fewbit.calibration import collect as collect_windows
 from fewbit.checkpoint._writer import Planned, Writer, quantization_config
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
+from fewbit.formats.integer import IntegerFormat
 from fewbit.lookup import find
-from fewbit.methods import Target
+from fewbit.methods import Target, silent
+from fewbit.methods.auto import chosen
 from fewbit.models import WeightInfo
-from fewbit.qtensor import QTensor
 from fewbit.source import FLOATS, Source, describe, open_source
-
-Progress = Callable[[int, int, str], None]
-
-# rows of one slice hold about this many weights; a multiple of 32 rows keeps packed zero points whole
-SLICE_WEIGHTS = 1 << 24
+from fewbit.walk import Log, Progress, Walk, device_of, identity
 
 
 @dataclass(frozen=True)
@@ -71,61 +67,177 @@ class Recipe:
         return stored if stored in FLOATS else self.sixteen
 
 
+@dataclass(frozen=True)
+class Options:
+    """What `quantize` was asked for, checked."""
+
+    format: str = "int4g64"
+    method: str = "auto"
+    head: str = "int8"
+    scales: str = "search"
+    effort: int = 1
+    calibration: str | None = None
+    windows: int | None = None
+    length: int = 512
+    drift: bool = False
+    prefix: str = "quantized"
+    device: str = "auto"
+    offload: bool = False
+    restart: bool = False
+
+    def __post_init__(self) -> None:
+        _known("scales", self.scales, ("search", "minmax"))
+        _known("prefix", self.prefix, ("quantized", "original"))
+        if self.effort not in range(4):
+            raise FewbitError(f"There is no effort {self.effort}.", "Known: 0, 1, 2, 3.", "Use --effort 1.")
+        for spec in (self.format, *([] if self.head == "16bit" else [self.head])):
+            _writable(spec)
+
+    @property
+    def resolved(self) -> str:
+        """The method's name, with `auto` replaced by what it stands for."""
+        if self.method != "auto":
+            return self.method
+        fmt = parse(self.format)
+        return chosen(fmt.bits, self.effort) if isinstance(fmt, IntegerFormat) else "rtn"
+
+    @property
+    def modules(self) -> list[ModuleType]:
+        """The method's modules, `a+b` in that order; FewbitError where there is none of that name."""
+        found = [find("fewbit.methods", name) for name in self.resolved.split("+")]
+        if not hasattr(found[-1], "quantize") or not all(hasattr(m, "prepare") for m in found[:-1]):
+            raise FewbitError(
+                f"{self.method!r} is no method.",
+                "In a+b, a must prepare blocks (awq does) and b choose codes (rtn, gptq, awq, tuned).",
+                "Use auto, rtn, gptq, awq, awq+gptq or tuned.",
+            )
+        return found
+
+
+def _known(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise FewbitError(
+            f"There is no {value!r} for {what}.", f"Known: {', '.join(choices)}.", f"Use --{what} {choices[0]}."
+        )
+
+
 def quantize(
     model: str | Path,
     out: str | Path,
     *,
-    format: str = "int4g64",  # noqa: A002
-    method: str = "rtn",
-    head: str = "int8",
-    scales: str = "search",
     progress: Progress | None = None,
+    log: Path | None = None,
+    note: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> Summary:
     """Quantize `model` (alias, folder or GGUF file) into the new folder `out`.
 
-    format  spec of the linears, such as `int4g64`; method  a module of `fewbit.methods`; head  spec of embedding and
-    output head, or `16bit`; scales  `search` (least squared error) or `minmax` (textbook).
-    Nothing is left behind if it fails. Raises FewbitError.
+    format       spec of the blocks' linears, such as `int4g64`
+    method       `auto`, or modules of `fewbit.methods`: `rtn`, `gptq`, `awq`, `awq+gptq`, `tuned`
+    head         spec of embedding and output head, or `16bit`
+    scales       `search` (least squared error) or `minmax` (textbook)
+    effort       0 to 3: more time for less loss
+    calibration  None (the text that comes with fewbit), a text file, `self`, or a dataset of the hub
+    windows, length   calibration windows and their tokens
+    drift        let each linear make good what the quantized prefix changed (asymmetric calibration)
+    prefix       calibrate on what the `quantized` prefix hands on, or on the `original` model's activations
+    device       `auto`, `cpu`, `cuda`, `cuda:1`
+    offload      keep calibration activations on disk
+    restart      begin anew where an unfinished output lies
+    progress, note   told how far the walk is, and what is worth knowing; log  a file of one JSON line a matrix
+    A run that was stopped goes on where it was, and writes the same bytes. Raises FewbitError.
     """
     start = time.perf_counter()
-    chosen = find("fewbit.methods", method)
-    if scales not in ("search", "minmax"):
-        raise FewbitError(f"There is no {scales!r} for scales.", "Known: search, minmax.", "Use --scales search.")
-    for spec in (format, *([] if head == "16bit" else [head])):
-        _writable(spec)
-    note = (lambda text: progress(0, 1, text)) if progress else None
-    source = open_source(model, note)
-    recipe = Recipe(format, head, next(s for s, d in FLOATS.items() if d == source.dtype))
+    asked = Options(**options)
+    modules = asked.modules
+    source = open_source(model, (lambda text: progress(0, 1, text)) if progress else None)
+    recipe = Recipe(asked.format, asked.head, next(s for s, d in FLOATS.items() if d == source.dtype))
     plan = _plan(source, recipe)
-    facts: dict[str, Any] = {
-        "version": fewbit.__version__,
-        "format": format,
-        "method": method,
-        "head": head,
-        "scales": scales,
-    }
-    facts |= {"source": source.path.name, "source_bytes": source.checkpoint.weight_bytes(), "calibration": None}
     out = Path(out)
+    calibration = _calibration(source, asked, modules, progress)
+    facts, fingerprint = _facts(source, asked, calibration)
+    target = Target(source.dtype, asked.scales == "search", asked.effort, note or silent)
     try:
-        with Writer(out, plan, source.dtype, facts) as writer:
-            _companions(writer, source, plan)
-            _walk(writer, source, plan, chosen, Target(source.dtype, scales == "search"), progress)
+        with Writer(out, plan, source.dtype, facts, fingerprint, asked.restart) as writer, Log(log) as lines:
+            if not writer.done:
+                _companions(writer, source, plan)
+            walk = Walk(source, writer, plan, recipe, modules, target, asked, progress or _quiet, lines, note or silent)
+            walk.run(calibration.windows if calibration else None)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise FewbitError(
             "The disk is full.",
-            f"Writing {out} stopped: {e.strerror}; what was written is removed.",
-            "Free some space, or choose an output folder on another disk.",
+            f"Writing {out} stopped: {e.strerror}; finished blocks are kept.",
+            "Free some space and give the same command again, or choose an output folder on another disk.",
         ) from e
     seconds = time.perf_counter() - start
     found = describe(out)
     bits = round(found.bits_per_weight, 2)
-    store.remember(out, {"format": format, "method": method, "head": head, "bits_per_weight": bits})
+    store.remember(out, {"format": asked.format, "method": asked.resolved, "head": asked.head, "bits_per_weight": bits})
     return Summary(
-        str(out), format, method, head, seconds, found.weight_bytes, facts["source_bytes"], found.float16_bytes,
-        found.bits_per_weight,
+        str(out), asked.format, asked.resolved, asked.head, seconds, found.weight_bytes, facts["source_bytes"],
+        found.float16_bytes, found.bits_per_weight,
     )  # fmt: skip
+
+
+def _quiet(done: int, total: int, doing: str) -> None:
+    """Nobody watches."""
+
+
+def _calibration(
+    source: Source, asked: Options, modules: list[ModuleType], progress: Progress | None
+) -> Calibration | None:
+    """The windows a method needs; None for methods that look at weights alone."""
+    if not any(m.NEEDS for m in modules):
+        return None
+    limit = source.args.max_position_embeddings
+    if asked.length > limit:
+        raise FewbitError(
+            f"Calibration windows of {asked.length:,} tokens are too long.",
+            f"{source.name} was made for at most {limit:,}.",
+            f"Use --length {min(limit, 512)}.",
+        )
+    from fewbit.tokenizer import Tokenizer
+
+    def write(count: int, length: int) -> list[list[int]]:
+        from fewbit import self_calibration
+
+        return self_calibration.write(source.path, count, length, progress=progress)
+
+    found = collect_windows(
+        asked.calibration, Tokenizer(source.checkpoint.tokenizer()), asked.windows, asked.length, write
+    )
+    most = int(found.windows.max())
+    if most >= source.args.vocab_size:
+        raise FewbitError(
+            "The tokenizer does not belong to the model.",
+            f"It gives token {most:,}; the model has {source.args.vocab_size:,}.",
+            "Check tokenizer.json against the original model's.",
+        )
+    return found
+
+
+def _facts(source: Source, asked: Options, calibration: Calibration | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What goes into the files' metadata, and the fingerprint that an unfinished output is known by."""
+    facts: dict[str, Any] = {
+        "version": fewbit.__version__,
+        "format": asked.format,
+        "method": asked.resolved,
+        "head": asked.head,
+        "scales": asked.scales,
+        "source": source.path.name,
+        "source_bytes": source.checkpoint.weight_bytes(),
+        "calibration": calibration.facts if calibration else None,
+    }
+    if calibration:
+        facts |= {"effort": asked.effort, "drift": asked.drift, "prefix": asked.prefix}
+    device = device_of(asked.device)
+    machine = {"device": str(device), "torch": torch.__version__}
+    if calibration and device.type == "cpu":
+        # another number of threads sums in another order, and the files would differ in their last bits
+        machine["threads"] = str(torch.get_num_threads())
+    return facts, facts | machine | {"source_files": identity(source)}
 
 
 def _writable(spec: str) -> None:
@@ -176,52 +288,3 @@ def _companions(writer: Writer, source: Source, plan: list[Planned]) -> None:
     )
     if data.chat_template is not None:
         writer.text("chat_template.jinja", data.chat_template)
-
-
-def _walk(
-    writer: Writer, source: Source, plan: list[Planned], method: ModuleType, target: Target, progress: Progress | None
-) -> None:
-    total = sum(torch.Size(p.shape).numel() for p in plan)
-    done = 0
-
-    def pieces(planned: Planned) -> Iterator[QTensor]:
-        nonlocal done
-        for piece in _quantized(source, planned, method, target):
-            done += piece.numel
-            if progress:
-                progress(done, total, planned.name)
-            yield piece
-
-    for planned in plan:
-        writer.write(planned, pieces(planned))
-
-
-def _quantized(source: Source, planned: Planned, method: ModuleType, target: Target) -> Iterator[QTensor]:
-    """A tensor's slices of rows, quantized or cast."""
-    fmt = parse(planned.spec)
-    slices: list[tuple[int, int] | None] = [None]
-    if len(planned.shape) > 1:
-        rows = max(32, SLICE_WEIGHTS // planned.shape[1] // 32 * 32)
-        slices = [(i, min(i + rows, planned.shape[0])) for i in range(0, planned.shape[0], rows)]
-    for part in slices:
-        q = source.read(planned.name, part)
-        w = parse(q.spec).dequantize(q)
-        if planned.spec in FLOATS:
-            # also what the narrower type can't hold
-            w = w.to(FLOATS[planned.spec])
-        if not torch.isfinite(w.float().sum()):
-            _name_the_broken(planned, w, part)
-        yield fmt.pack(w, {}) if planned.spec in FLOATS else method.quantize(w, fmt, {}, target)
-
-
-def _name_the_broken(planned: Planned, w: torch.Tensor, part: tuple[int, int] | None) -> None:
-    broken = ~torch.isfinite(w)
-    if count := int(broken.sum()):
-        first = [int(i) for i in broken.nonzero()[0]]
-        first[0] += part[0] if part else 0
-        as_stored = f" as {planned.spec}" if planned.spec in FLOATS else ""
-        raise FewbitError(
-            f"The tensor {planned.name!r} holds NaN or infinity{as_stored}.",
-            f"{count:,} of {w.numel():,} weights; the first at {first}.",
-            "The checkpoint is damaged, or its weights are too large for the type: download it again, or keep bf16.",
-        )

@@ -110,8 +110,8 @@ class ShardWriter:
         text += b" " * (-len(text) % 8)
         self.start = 8 + len(text)
         beginning = len(text).to_bytes(8, "little") + text
+        self.file = path.open("r+b" if resume else "w+b")
         if resume:
-            self.file = path.open("r+b")
             if self.file.read(len(beginning)) != beginning or path.stat().st_size != self.start + end:
                 self.file.close()
                 raise FewbitError(
@@ -120,7 +120,6 @@ class ShardWriter:
                     "Start again: the same command with --restart.",
                 )
         else:
-            self.file = path.open("wb")
             self.file.write(beginning)
             self.file.truncate(self.start + end)
 

@@ -31,7 +31,7 @@ class HuggingFace(Checkpoint):
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise FewbitError(
                 f"The checkpoint is quantized in a way fewbit can't read: {shown(method)}.",
-                "fewbit reads full precision, compressed-tensors (pack-quantized), GPTQ, AWQ, AutoRound and its own folders.",
+                "fewbit reads full precision, compressed-tensors (pack-quantized), GPTQ, AWQ and AutoRound.",
                 "Start from the model's full-precision checkpoint.",
             )
         self.shards = Shards(weight_files(path))

@@ -1,24 +1,28 @@
 """Which codes to choose. A method knows no format; the file name is the registry.
 
-A module has `NEEDS`, the statistics it wants of a linear's inputs, and
+A module has `NEEDS`, the statistics it wants ("hessian", "cross"), and
 
     quantize(w, fmt, stats, target) -> QTensor            one matrix, or several of the same input stacked by rows
 
 and may have
 
-    prepare(block, stats, target)                         rewrites a block without changing what it computes
-    tune(block, inputs, goals, solved, target)            improves a whole quantized block
+    prepare(feeds, fmt, target)                           rewrites a block without changing what it computes
+    tune(part, target) -> list[QTensor]                   improves the quantized linears of a block together
 
-`a+b` names two of them: a's `prepare`, then b's `quantize`.
+`a+b` names two of them: a's `prepare`, then b's `quantize` and `tune`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from fewbit.formats import Format
+from fewbit.qtensor import QTensor
 
 # statistics by name, as the walk collected them for one linear:
 #   hessian     float32 [in, in], mean of x x^T over calibration tokens (x: what the quantized prefix hands on)
@@ -41,3 +45,42 @@ class Target:
     search: bool = True
     effort: int = 1
     note: Callable[[str], None] = silent
+
+
+class Linear(Protocol):
+    """One product for stacked matrices of the same input; `weight` float32 [out, in] is what runs."""
+
+    weight: Tensor
+
+
+@dataclass
+class Feed:
+    """Linears with the same input, and what produces that input channel by channel.
+
+    linears  matrices [out_i, in] that read it, changed in place
+    stats    of that input, changed with it
+    divide   divides the producer's channels by float32 [in] and gives the factors it really could apply (a norm's
+             weight is stored in 16 bits; heads that share a channel must share its factor)
+    """
+
+    linears: Sequence[Tensor]
+    stats: Stats
+    divide: Callable[[Tensor], Tensor]
+
+
+@dataclass
+class BlockPart:
+    """A block for methods that look at all of its linears together.
+
+    run        inputs float32 [n, length, d] -> outputs, with the linears' present weights
+    linears    with the weights as they are stored now; originals: what they were; solved: format and tensor of each
+    batches    a random batch of inputs and of the outputs the full-precision model has, on the block's device
+    """
+
+    run: Callable[[Tensor], Tensor]
+    linears: Sequence[Linear]
+    originals: Sequence[Tensor]
+    solved: Sequence[tuple[Format, QTensor]]
+    batches: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+    windows: int
+    progress: Callable[[int, int], None]

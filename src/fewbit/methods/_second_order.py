@@ -68,4 +68,5 @@ def drift_corrected(w: Tensor, hessian: Tensor, cross: Tensor, share: float = 1.
         return w
     # solved from the right: X h = A  <=>  h X^T = A^T
     change = torch.cholesky_solve((w @ (cross - hessian)).t().contiguous(), factor).t()
-    return w + share * change
+    corrected: Tensor = w + share * change
+    return corrected

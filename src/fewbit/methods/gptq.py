@@ -1,8 +1,8 @@
 """GPTQ: round one column after the other, each error made good by the columns still free (Frantar et al. 2022).
 
 Columns go from the most to the least active input, while groups stay where they are and their scales are fixed before
-the first column is rounded, so that the result needs no index of columns (compressed-tensors calls it `actorder: weight`).
-Afterwards codes and scales are refined in turn on the same objective, as far as `effort` allows.
+the first column is rounded, so that the result needs no index of columns (what compressed-tensors calls
+`actorder: weight`). Afterwards codes and scales are refined in turn on the same objective, as far as `effort` allows.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ def quantize(w: Tensor, fmt: Format, stats: Stats, target: Target) -> QTensor:
         w = drift_corrected(w, hessian, stats["cross"])
     order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(hessian[order][:, order], target.note)
-    params = fmt.fit(w, importance(hessian, order, factor), target.dtype, target.search)
+    params = fmt.fit(w, importance(hessian), target.dtype, target.search)
     codes = rounded(w, fmt, params, order, factor)
     codes, params = refine(w, damped(hessian), fmt, codes, params, order, ROUNDS[target.effort])
     return fmt.pack(codes, params)
 
 
-def importance(hessian: Tensor, order: Tensor, factor: Tensor) -> Tensor:
-    """What a squared error in each column costs, [in]."""
-    return hessian.diagonal()
+def importance(hessian: Tensor) -> Tensor:
+    """What a squared error in each column costs before corrections: the inputs' mean squares [in], never all zero."""
+    diagonal = hessian.diagonal()
+    return diagonal if bool((diagonal > 0).any()) else torch.ones_like(diagonal)
 
 
 def rounded(w: Tensor, fmt: Format, params: Params, order: Tensor, factor: Tensor) -> Tensor:
@@ -81,4 +82,5 @@ def _passed_on(difference: Tensor, corner: Tensor) -> Tensor:
     """The error of columns rounded together, in units of the factor's rows."""
     if difference.shape[1] == 1:
         return difference / corner
-    return torch.linalg.solve_triangular(corner, difference, upper=True, left=False)
+    solved: Tensor = torch.linalg.solve_triangular(corner, difference, upper=True, left=False)
+    return solved

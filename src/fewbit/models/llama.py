@@ -112,6 +112,24 @@ def weights(args: Args) -> list[WeightInfo]:
 BLOCK = "model.layers.{}."
 
 
+# the first linear of those that share an input -> the norm or linear whose channels that input is
+FEEDS = {
+    "self_attn.q_proj": "input_layernorm",
+    "self_attn.o_proj": "self_attn.v_proj",
+    "mlp.gate_proj": "post_attention_layernorm",
+    "mlp.down_proj": "mlp.up_proj",
+}
+
+
+def producers(args: Args, linear: str) -> Tensor:
+    """The channel of FEEDS[linear] behind each input of `linear`, int64 [in]: query heads share a value head."""
+    if linear != "self_attn.o_proj":
+        return torch.arange(args.intermediate_size if linear == "mlp.down_proj" else args.hidden_size)
+    heads, kv = args.num_attention_heads, args.num_key_value_heads
+    value_head = torch.arange(heads) // (heads // kv)
+    return (value_head[:, None] * args.head_dim + torch.arange(args.head_dim)).reshape(-1)
+
+
 def rope(args: Args) -> Rope:
     """Angles of positions, the same in every block."""
     return Rope(args.rope, args.head_dim)

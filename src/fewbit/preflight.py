@@ -1,0 +1,127 @@
+"""Before the first block: its largest layer tried once. Too little memory is an error now, not after an hour."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fewbit.blocks import FloatBlock
+from fewbit.calibrated import BATCH_TOKENS, collect, propagate
+from fewbit.errors import FewbitError
+from fewbit.formats import parse
+from fewbit.methods import Target
+from fewbit.source import FLOATS, Source
+
+GIB = 2**30
+# copies of the largest Hessian that a second-order method holds at once: ordered, damped, factored, inverted
+HESSIAN_COPIES = 7
+# float32 copies of a block's weights: the block, its originals, what is being solved
+BLOCK_COPIES = 3
+# activations of one batch that are alive at once, in units of the widest layer's
+WIDE_COPIES = 6
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What the walk will take. Bytes of host and device memory, seconds for all blocks that are left."""
+
+    memory: int
+    device_memory: int
+    seconds: float
+
+    def __str__(self) -> str:
+        device = f", {self.device_memory / GIB:.2f} GiB on the GPU" if self.device_memory else ""
+        return f"about {self.memory / GIB:.2f} GiB of memory{device}, {_duration(self.seconds)}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def needed(source: Source, hidden: Tensor, with_goals: bool, offload: bool) -> tuple[int, int]:
+    """(bytes of one block's work, bytes of the hidden states kept in memory)."""
+    shapes = [w.shape for w in source.weights if w.role == "linear" and w.block == 0]
+    weights = sum(out * columns for out, columns in shapes)
+    widest = max(max(shape) for shape in shapes)
+    hessians = sum(columns**2 for columns in {s[1] for s in shapes}) + HESSIAN_COPIES * max(c for _, c in shapes) ** 2
+    tokens = max(BATCH_TOKENS, hidden.shape[1])
+    work = 4 * (BLOCK_COPIES * weights + hessians + WIDE_COPIES * tokens * widest)
+    state = 0 if offload else 4 * hidden.numel() * (2 if with_goals else 1)
+    return work, state
+
+
+def check(
+    source: Source,
+    index: int,
+    hidden: Tensor,
+    blocks: int,
+    with_goals: bool,
+    modules: list[ModuleType],
+    target: Target,
+    device: torch.device,
+    spec: Callable[[str], str],
+    offload: bool,
+) -> Preflight:
+    """Runs one batch through block `index` and quantizes its largest layer. FewbitError where memory is short."""
+    work, state = needed(source, hidden, with_goals, offload)
+    on_gpu = device.type == "cuda"
+    found = Preflight(state + (0 if on_gpu else work), work if on_gpu else 0, 0.0)
+    _enough(found, device)
+    few = hidden[: max(1, BATCH_TOKENS // hidden.shape[1])].clone()
+    start = time.perf_counter()
+    block = FloatBlock(source, index, hidden.shape[1], device)
+    loading = time.perf_counter() - start
+    start = time.perf_counter()
+    stats = collect(block, few, None)
+    propagate(block, few)
+    running = (time.perf_counter() - start) * (1.5 if with_goals else 1.0) * len(hidden) / len(few)
+    place = max(range(len(stats)), key=lambda i: block.linears[i].weight.shape[1] * block.linears[i].weight.numel())
+    linear = block.linears[place]
+    fmt = parse(spec(f"{linear.names[0]}.weight"))
+    start = time.perf_counter()
+    if fmt.spec not in FLOATS:
+        modules[-1].quantize(linear.weight, fmt, dict(stats[place]), target)
+    solving = time.perf_counter() - start
+    cost = [x.weight.numel() * x.weight.shape[1] for x in block.linears]
+    seconds = (loading * 2 + running + solving * sum(cost) / cost[place]) * blocks
+    if hasattr(modules[-1], "STEPS"):
+        # a step runs its windows forward and twice as long backward
+        seconds += modules[-1].STEPS[target.effort] * modules[-1].WINDOWS / len(hidden) * 3 * running * blocks
+    return Preflight(found.memory, found.device_memory, seconds)
+
+
+def _enough(found: Preflight, device: torch.device) -> None:
+    free = _available_memory()
+    if free is not None and found.memory > free:
+        raise FewbitError(
+            "There is not enough memory to calibrate.",
+            f"About {found.memory / GIB:.2f} GiB are needed, {free / GIB:.2f} GiB are free.",
+            "Use --offload, fewer or shorter windows (--windows 32), --method rtn, or close other programs.",
+        )
+    if device.type == "cuda":
+        card = torch.cuda.mem_get_info(device)[0]
+        if found.device_memory > card:
+            raise FewbitError(
+                "A block does not fit the GPU.",
+                f"About {found.device_memory / GIB:.2f} GiB are needed, {card / GIB:.2f} GiB are free on {device}.",
+                "Use --device cpu, or close other programs that use the card.",
+            )
+
+
+def _available_memory() -> int | None:
+    """MemAvailable in bytes; None where the system does not tell (anything but Linux)."""
+    table = Path("/proc/meminfo")
+    if not table.exists():
+        return None
+    for line in table.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,285 @@
+"""The walk over a model: embedding, blocks, head; each unit quantized, written, committed.
+
+With a method that wants data, calibration text runs along: every block sees what the blocks before it hand on as they
+were written, so a run that was stopped takes up the very same numbers by running the text through its finished blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fewbit.blocks import FloatBlock, embed
+from fewbit.calibrated import BlockSolver, Line, Solved, collect, propagate
+from fewbit.checkpoint import open_checkpoint
+from fewbit.checkpoint._writer import Planned, Writer
+from fewbit.errors import FewbitError
+from fewbit.formats import parse
+from fewbit.methods import Target, rtn
+from fewbit.preflight import Preflight, check
+from fewbit.qtensor import QTensor
+from fewbit.source import FLOATS, Source
+
+if TYPE_CHECKING:
+    from fewbit.quantizer import Recipe
+
+Progress = Callable[[int, int, str], None]
+# rows of one slice hold about this many weights; a multiple of 32 rows keeps packed zero points whole
+SLICE_WEIGHTS = 1 << 24
+
+
+class Settings(Protocol):
+    """What the walk reads of the options."""
+
+    @property
+    def drift(self) -> bool: ...
+    @property
+    def prefix(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def offload(self) -> bool: ...
+
+
+class Log:
+    """One JSON line for each matrix, appended as it is done: a resumed run goes on in the same file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def __enter__(self) -> Log:
+        self._file = self.path.open("a", encoding="utf-8") if self.path else None
+        return self
+
+    def write(self, line: Line) -> None:
+        """Append, and let readers see it."""
+        if self._file:
+            self._file.write(json.dumps(line.to_dict()) + "\n")
+            self._file.flush()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._file:
+            self._file.close()
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:1`; FewbitError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise FewbitError(f"There is no device {name!r}.", "Known: auto, cpu, cuda, cuda:N.", "Use auto.") from e
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise FewbitError(
+            f"There is no device {name!r} here.",
+            f"PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices.",
+            "Use --device cpu, or install the NVIDIA driver and a CUDA build of PyTorch.",
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise FewbitError(f"{name!r} is no device to quantize on.", "Known: auto, cpu, cuda, cuda:N.", "Use auto.")
+    return device
+
+
+def identity(source: Source) -> list[list[Any]]:
+    """Name, size and time of every file of the source: a changed model is another model."""
+    path = source.path
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
+
+class Walk:
+    """One quantization, from the first unit that is not done to the last."""
+
+    def __init__(
+        self,
+        source: Source,
+        writer: Writer,
+        plan: list[Planned],
+        recipe: Recipe,
+        modules: list[ModuleType],
+        target: Target,
+        settings: Settings,
+        progress: Progress,
+        log: Log,
+        note: Callable[[str], None],
+    ) -> None:
+        self.source, self.writer, self.recipe, self.modules, self.target = source, writer, recipe, modules, target
+        self.settings, self.log, self.note = settings, log, note
+        self.needs = frozenset().union(*(m.NEEDS for m in modules))
+        self.device = device_of(settings.device) if self.needs else torch.device("cpu")
+        self._progress = progress
+        self.plan = {p.name: p for p in plan}
+        self.units: dict[str, list[Planned]] = {}
+        for w in source.weights:
+            unit = f"block {w.block}" if w.block is not None else w.role
+            self.units.setdefault(unit, []).append(self.plan[w.name])
+        self.total = sum(_weights(planned) for planned in self.units.values())
+        self.finished = 0
+
+    def run(self, windows: Tensor | None) -> None:
+        """Every unit that is not committed; `windows` int64 [n, length] where the method wants data."""
+        done = set(self.writer.done)
+        if done:
+            self._progress(0, 1, f"going on after {self.writer.done[-1]} ({len(done)} of {len(self.units)} units kept)")
+        blocks = [unit for unit in self.units if unit.startswith("block ")]
+        for unit, planned in self.units.items():
+            if unit not in blocks or windows is None or not self.needs:
+                self._plain(unit, planned, unit in done)
+            elif unit == blocks[0]:
+                # all blocks at once: hidden states go from one to the next
+                self._calibrated(windows, blocks, done)
+
+    def _report(self, doing: str, share: float = 0.0) -> None:
+        self._progress(int(self.finished + share), self.total, doing)
+
+    def _plain(self, unit: str, planned: list[Planned], kept: bool) -> None:
+        """A unit by round to nearest (or casts), tensor by tensor in slices of rows."""
+        if kept:
+            self.writer.keep(planned)
+            self.finished += _weights(planned)
+            return
+        method = self.modules[-1] if unit.startswith("block ") else rtn
+        for p in planned:
+            self.writer.write(p, self._pieces(p, method))
+        self.writer.commit(unit, planned)
+
+    def _pieces(self, planned: Planned, method: ModuleType) -> Iterator[QTensor]:
+        for piece in quantized(self.source, planned, method, self.target):
+            self.finished += piece.numel
+            self._report(planned.name)
+            yield piece
+
+    def _calibrated(self, windows: Tensor, blocks: list[str], done: set[str]) -> None:
+        written = open_checkpoint(self.writer.folder)
+        hidden = self._hidden(windows, written.read, "hidden.bin")
+        wants_goals = bool(self.needs & {"goals"}) or self.settings.drift or self.settings.prefix == "original"
+        reference = self._hidden(windows, self.source.read, "reference.bin") if wants_goals else None
+        solver = BlockSolver(self.source, self.modules, self.target, lambda name: self.plan[name].spec)
+        length = windows.shape[1]
+        checked = False
+        for index, unit in enumerate(blocks):
+            if unit in done:
+                self._report(f"running calibration text through {unit}")
+                self.writer.keep(self.units[unit])
+                if reference is not None:
+                    propagate(FloatBlock(self.source, index, length, self.device), reference)
+            else:
+                if not checked:
+                    self._preflight(index, hidden, len(blocks) - index, reference is not None)
+                    checked = True
+                self._block(solver, unit, index, hidden, reference)
+            self.finished += _weights(self.units[unit])
+            if index + 1 < len(blocks):
+                propagate(FloatBlock(self.source, index, length, self.device, written.read), hidden)
+
+    def _block(self, solver: BlockSolver, unit: str, index: int, hidden: Tensor, reference: Tensor | None) -> None:
+        weights = _weights(self.units[unit])
+        place = f"block {index + 1} of {sum(u.startswith('block ') for u in self.units)}"
+        self._report(f"{place}: running calibration text")
+        check_finite(self.source, self.units[unit])
+        block = FloatBlock(self.source, index, hidden.shape[1], self.device)
+        seen = reference if self.settings.prefix == "original" and reference is not None else hidden
+        stats = collect(block, seen, reference if self.settings.drift else None)
+        if reference is not None:
+            propagate(block, reference)
+        goals = reference if "goals" in self.needs else None
+
+        def report(name: str, part: int, parts: int) -> None:
+            self._report(f"{place}: {name.removeprefix(block.prefix)}", weights * part / parts)
+
+        with torch.no_grad():
+            solved = solver.solve(block, stats, hidden, goals, report)
+        self._write(unit, solved)
+        for line in solved.lines:
+            self.log.write(line)
+            better = f"{line.error / line.rtn_error:.2f} of round to nearest's" if line.rtn_error else "exact"
+            self._report(f"{place}: {line.name} error {line.error:.2e}, {better}", weights)
+
+    def _write(self, unit: str, solved: Solved) -> None:
+        for planned in self.units[unit]:
+            self.writer.write(planned, [solved.tensors[planned.name]])
+        self.writer.commit(unit, self.units[unit])
+
+    def _hidden(self, windows: Tensor, read: Callable[[str], QTensor], name: str) -> Tensor:
+        """Embedded tokens float32 [n, length, d], in memory or in a file that lives as long as the output is made."""
+        shape = (*windows.shape, self.source.args.hidden_size)
+        if self.settings.offload:
+            file = self.writer.folder / name
+            with file.open("wb") as opened:
+                opened.truncate(4 * torch.Size(shape).numel())
+            held = torch.from_file(str(file), shared=True, size=torch.Size(shape).numel(), dtype=torch.float32)
+            # the mapping keeps it alive; nothing of it stays behind whatever happens
+            file.unlink()
+            hidden = held.reshape(shape)
+        else:
+            hidden = torch.empty(shape)
+        start = 0
+        for part in embed(self.source, windows, read=read):
+            hidden[start : start + len(part)] = part
+            start += len(part)
+        if not bool(hidden.isfinite().all()):
+            raise FewbitError(
+                "The embedding gives NaN or infinity.",
+                f"{int((~hidden.isfinite()).sum()):,} values for the calibration text.",
+                "The checkpoint is damaged: download it again.",
+            )
+        return hidden
+
+    def _preflight(self, index: int, hidden: Tensor, blocks: int, with_goals: bool) -> None:
+        """Tries the largest layer once and tells what the rest takes; FewbitError where it does not fit."""
+        found: Preflight = check(
+            self.source, index, hidden, blocks, with_goals, self.modules, self.target, self.device,
+            lambda name: self.plan[name].spec, self.settings.offload,
+        )  # fmt: skip
+        self.note(f"{found}; {self.writer.nbytes / 1e9:.2f} GB on disk")
+        self._progress(0, 1, f"{found}")
+
+
+def check_finite(source: Source, planned: list[Planned]) -> None:
+    """FewbitError where a tensor of a unit holds NaN or infinity."""
+    for p in planned:
+        w = parse(source.spec(p.name)).dequantize(source.read(p.name))
+        if not torch.isfinite(w.sum()):
+            _name_the_broken(p, w, None)
+
+
+def quantized(source: Source, planned: Planned, method: ModuleType, target: Target) -> Iterator[QTensor]:
+    """A tensor's slices of rows, quantized or cast."""
+    fmt = parse(planned.spec)
+    slices: list[tuple[int, int] | None] = [None]
+    if len(planned.shape) > 1:
+        rows = max(32, SLICE_WEIGHTS // planned.shape[1] // 32 * 32)
+        slices = [(i, min(i + rows, planned.shape[0])) for i in range(0, planned.shape[0], rows)]
+    for part in slices:
+        q = source.read(planned.name, part)
+        w = parse(q.spec).dequantize(q)
+        if planned.spec in FLOATS:
+            # also what the narrower type can't hold
+            w = w.to(FLOATS[planned.spec])
+        if not torch.isfinite(w.float().sum()):
+            _name_the_broken(planned, w, part)
+        yield fmt.pack(w, {}) if planned.spec in FLOATS else method.quantize(w, fmt, {}, target)
+
+
+def _name_the_broken(planned: Planned, w: Tensor, part: tuple[int, int] | None) -> None:
+    broken = ~torch.isfinite(w)
+    if count := int(broken.sum()):
+        first = [int(i) for i in broken.nonzero()[0]]
+        first[0] += part[0] if part else 0
+        as_stored = f" as {planned.spec}" if planned.spec in FLOATS else ""
+        raise FewbitError(
+            f"The tensor {planned.name!r} holds NaN or infinity{as_stored}.",
+            f"{count:,} of {w.numel():,} weights; the first at {first}.",
+            "The checkpoint is damaged, or its weights are too large for the type: download it again, or keep bf16.",
+        )
+
+
+def _weights(planned: list[Planned]) -> int:
+    return sum(torch.Size(p.shape).numel() for p in planned)
