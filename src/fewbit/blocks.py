@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from fewbit.source import Source
 # what a watcher is shown: the linear and its input [T, in]
 Watcher = Callable[["FloatLinear", Tensor], None]
 Reader = Callable[[str], QTensor]
+CPUINFO = Path("/proc/cpuinfo")
 
 
 class WindowOps(Ops):
@@ -54,16 +56,23 @@ class WindowOps(Ops):
 class FloatLinear:
     """One product for matrices of the same input, in float32; `weight` [sum of outs, in] may be replaced."""
 
-    def __init__(self, names: tuple[str, ...], weight: Tensor, splits: tuple[int, ...], bias: Tensor | None) -> None:
-        self.names, self.weight, self.splits, self.bias = names, weight, splits, bias
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        weight: Tensor,
+        splits: tuple[int, ...],
+        bias: Tensor | None,
+        product: torch.dtype = torch.float32,
+    ) -> None:
+        self.names, self.weight, self.splits, self.bias, self.product = names, weight, splits, bias, product
         self.watcher: Watcher | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, sum of outs]."""
         if self.watcher is not None:
             self.watcher(self, x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        y = F.linear(x.to(self.product), self.weight.to(self.product)).float()
+        return y if self.bias is None else y + self.bias
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,7 @@ class FloatWeights(Weights):
     """Hands a block its matrices as FloatLinear and remembers what it handed out, under the names without `.weight`."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    product: torch.dtype = torch.float32
     linears: list[FloatLinear] = field(default_factory=list)
     vectors: dict[str, Tensor] = field(default_factory=dict)
 
@@ -91,7 +101,7 @@ class FloatWeights(Weights):
             for name, rows in zip(names, splits, strict=True)
         ]
         bias = torch.cat(biases) if any(self.has(f"{name}.bias") for name in names) else None
-        made = FloatLinear(names, weight, splits, bias)
+        made = FloatLinear(names, weight, splits, bias, self.product)
         self.linears.append(made)
         return made
 
@@ -100,13 +110,20 @@ class FloatBlock:
     """Block `index` of a model, every window of `length` tokens run alone.
 
     linears  FloatLinear in the order they were asked for; vectors  norms and biases by full name
+    product  the type matrices are multiplied in: float32, or bfloat16 where that is much faster and enough
     """
 
     def __init__(
-        self, source: Source, index: int, length: int, device: torch.device, read: Reader | None = None
+        self,
+        source: Source,
+        index: int,
+        length: int,
+        device: torch.device,
+        read: Reader | None = None,
+        product: torch.dtype = torch.float32,
     ) -> None:
         self.index, self.length, self.device = index, length, device
-        weights = FloatWeights(read or source.read, source.has, (), WindowOps(length), [], device)
+        weights = FloatWeights(read or source.read, source.has, (), WindowOps(length), [], device, product)
         self.prefix = source.module.BLOCK.format(index)
         self.inner = source.module.Block(source.args, weights, self.prefix)
         self.linears, self.vectors = weights.linears, weights.vectors
@@ -129,6 +146,14 @@ class FloatBlock:
         finally:
             for linear in self.linears:
                 linear.watcher = None
+
+
+def fast_product(source: Source, device: torch.device) -> torch.dtype:
+    """bfloat16 for a bf16 model on a CPU that multiplies it natively: calibration needs no more than what the model was
+    made in. float32 everywhere else.
+    """
+    native = device.type == "cpu" and CPUINFO.exists() and "avx512_bf16" in CPUINFO.read_text()
+    return torch.bfloat16 if native and source.dtype == torch.bfloat16 else torch.float32
 
 
 _NONE = torch.empty(0, dtype=torch.int64)

@@ -21,6 +21,8 @@ from fewbit.source import FLOATS, Source
 
 # tokens that run through a block at once: bounds the activations' memory
 BATCH_TOKENS = 2048
+# x^T x is symmetric: computed in strips of rows it takes 5/8 of the work, and narrower strips multiply slower
+STRIPS, LEAST_STRIP = 4, 128
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,13 @@ def collect(block: FloatBlock, hidden: Tensor, reference: Tensor | None) -> list
             if reference is not None:
                 block(reference[part].to(block.device, torch.float32))
             for stats, x_in, y_in in zip(sums, ours, seen, strict=True):
-                _add(stats, "hessian", x_in, x_in)
+                _add_gram(stats, x_in)
                 if reference is not None:
-                    _add(stats, "cross", y_in, x_in)
+                    _add_cross(stats, y_in, x_in)
     tokens = hidden.shape[0] * hidden.shape[1]
     for i, stats in enumerate(sums):
+        upper = stats["hessian"].triu_()
+        stats["hessian"] = upper + upper.triu(1).t()
         for total in stats.values():
             total /= tokens
         if not bool(stats["hessian"].isfinite().all()):
@@ -102,10 +106,21 @@ def collect(block: FloatBlock, hidden: Tensor, reference: Tensor | None) -> list
     return sums
 
 
-def _add(stats: Stats, name: str, a: Tensor, b: Tensor) -> None:
-    if name not in stats:
-        stats[name] = torch.zeros(a.shape[1], b.shape[1], device=a.device)
-    stats[name].addmm_(a.t(), b)
+def _add_gram(stats: Stats, x: Tensor) -> None:
+    """x^T x, in strips from the diagonal to the right: the rest is its mirror image."""
+    columns = x.shape[1]
+    if "hessian" not in stats:
+        stats["hessian"] = torch.zeros(columns, columns, device=x.device)
+    strip = max(LEAST_STRIP, -(-columns // STRIPS))
+    for start in range(0, columns, strip):
+        rows = slice(start, start + strip)
+        stats["hessian"][rows, start:].addmm_(x[:, rows].t(), x[:, start:])
+
+
+def _add_cross(stats: Stats, y: Tensor, x: Tensor) -> None:
+    if "cross" not in stats:
+        stats["cross"] = torch.zeros(y.shape[1], x.shape[1], device=x.device)
+    stats["cross"].addmm_(y.t(), x)
 
 
 def _not_finite(index: int, y: Tensor, window: int) -> FewbitError:

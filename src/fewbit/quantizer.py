@@ -166,11 +166,14 @@ def quantize(
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise FewbitError(
+        full = FewbitError(
             "The disk is full.",
-            f"Writing {out} stopped: {e.strerror}; finished blocks are kept.",
+            f"Writing {out} stopped: {e.strerror}.",
             "Free some space and give the same command again, or choose an output folder on another disk.",
-        ) from e
+        )
+        for kept in getattr(e, "__notes__", ()):
+            full.add_note(kept)
+        raise full from e
     seconds = time.perf_counter() - start
     found = describe(out)
     bits = round(found.bits_per_weight, 2)

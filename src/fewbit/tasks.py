@@ -205,15 +205,23 @@ def _is_file(name: str) -> bool:
     return Path(name).suffix in (".yaml", ".yml")
 
 
-def _harness(known: bool) -> tuple[ModuleType, Any]:
-    """lm-eval's evaluator and its list of tasks. Without `known` the list is empty: filling it takes long."""
+def check_tasks() -> None:
+    """FewbitError where lm-eval is missing: better before hours are spent on something else than after."""
+    _imported()
+
+
+def _imported() -> tuple[ModuleType, ModuleType]:
     try:
-        evaluator = importlib.import_module("lm_eval.evaluator")
-        tasks = importlib.import_module("lm_eval.tasks")
+        return importlib.import_module("lm_eval.evaluator"), importlib.import_module("lm_eval.tasks")
     except ImportError as e:
         raise FewbitError(
             "Tasks need the package lm-eval.", f"{e}.", "Install it with: pip install 'fewbit[tasks]'"
         ) from e
+
+
+def _harness(known: bool) -> tuple[ModuleType, Any]:
+    """lm-eval's evaluator and its list of tasks. Without `known` the list is empty: filling it takes long."""
+    evaluator, tasks = _imported()
     return evaluator, tasks.TaskManager(include_defaults=known)
 
 

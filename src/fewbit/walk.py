@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from fewbit.blocks import FloatBlock, embed
+from fewbit.blocks import FloatBlock, embed, fast_product
 from fewbit.calibrated import BlockSolver, Line, Solved, collect, propagate
 from fewbit.checkpoint import open_checkpoint
 from fewbit.checkpoint._writer import Planned, Writer
@@ -114,6 +114,7 @@ class Walk:
         self.settings, self.log, self.note = settings, log, note
         self.needs = frozenset().union(*(m.NEEDS for m in modules))
         self.device = device_of(settings.device) if self.needs else torch.device("cpu")
+        self.product = fast_product(source, self.device)
         self._progress = progress
         self.plan = {p.name: p for p in plan}
         self.units: dict[str, list[Planned]] = {}
@@ -124,7 +125,18 @@ class Walk:
         self.finished = 0
 
     def run(self, windows: Tensor | None) -> None:
-        """Every unit that is not committed; `windows` int64 [n, length] where the method wants data."""
+        """Every unit that is not committed; `windows` int64 [n, length] where the method wants data.
+
+        An error that comes after a commit carries a note of how much is kept.
+        """
+        try:
+            self._run(windows)
+        except BaseException as e:
+            if kept := len(self.writer.done):
+                e.add_note(f"{kept} of {len(self.units)} units are kept")
+            raise
+
+    def _run(self, windows: Tensor | None) -> None:
         done = set(self.writer.done)
         if done:
             self._progress(0, 1, f"going on after {self.writer.done[-1]} ({len(done)} of {len(self.units)} units kept)")
@@ -169,7 +181,7 @@ class Walk:
                 self._report(f"running calibration text through {unit}")
                 self.writer.keep(self.units[unit])
                 if reference is not None:
-                    propagate(FloatBlock(self.source, index, length, self.device), reference)
+                    propagate(self._float_block(index, length), reference)
             else:
                 if not checked:
                     self._preflight(index, hidden, len(blocks) - index, reference is not None)
@@ -177,14 +189,14 @@ class Walk:
                 self._block(solver, unit, index, hidden, reference)
             self.finished += _weights(self.units[unit])
             if index + 1 < len(blocks):
-                propagate(FloatBlock(self.source, index, length, self.device, written.read), hidden)
+                propagate(self._float_block(index, length, written.read), hidden)
 
     def _block(self, solver: BlockSolver, unit: str, index: int, hidden: Tensor, reference: Tensor | None) -> None:
         weights = _weights(self.units[unit])
         place = f"block {index + 1} of {sum(u.startswith('block ') for u in self.units)}"
         self._report(f"{place}: running calibration text")
         check_finite(self.source, self.units[unit])
-        block = FloatBlock(self.source, index, hidden.shape[1], self.device)
+        block = self._float_block(index, hidden.shape[1])
         seen = reference if self.settings.prefix == "original" and reference is not None else hidden
         stats = collect(block, seen, reference if self.settings.drift else None)
         if reference is not None:
@@ -201,6 +213,9 @@ class Walk:
             self.log.write(line)
             better = f"{line.error / line.rtn_error:.2f} of round to nearest's" if line.rtn_error else "exact"
             self._report(f"{place}: {line.name} error {line.error:.2e}, {better}", weights)
+
+    def _float_block(self, index: int, length: int, read: Callable[[str], QTensor] | None = None) -> FloatBlock:
+        return FloatBlock(self.source, index, length, self.device, read, self.product)
 
     def _write(self, unit: str, solved: Solved) -> None:
         for planned in self.units[unit]:

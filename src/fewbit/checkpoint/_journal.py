@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,20 @@ def read(folder: Path) -> tuple[dict[str, Any], list[str]] | None:
     if not isinstance(fingerprint, dict) or not isinstance(done, list):
         return None
     return fingerprint, [str(unit) for unit in done]
+
+
+def sweep(pattern: str, parent: Path) -> None:
+    """Remove folders that match and that a process of this user began and, killed at once, never named; a living
+    process holds the lock of its own.
+    """
+    for folder in parent.glob(pattern):
+        if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.getuid():
+            continue
+        try:
+            Journal(folder, {}, []).close()
+        except (FewbitError, OSError):
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shlex
@@ -158,6 +159,7 @@ class Writer:
         return self
 
     def _begin(self) -> None:
+        journal.sweep(f".{glob.escape(self.out.name)}.*.new", self.out.parent)
         # made under a name nobody can guess and renamed: what lies under the final name is whole and ours
         fresh = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", suffix=".new", dir=self.out.parent))
         self.partial = fresh

@@ -30,17 +30,23 @@ def explain(error: BaseException, command: str, seconds: float) -> Failure | Non
     """The three parts of `error`, or None where it is a bug. `command` is the line that was typed."""
     if isinstance(error, UsageError):
         return Failure(error.error, 2)
-    if isinstance(error, FewbitError):
-        return Failure(error, 1)
+    # what is kept of the work is noted on the error by whoever did it
+    kept = "; ".join(getattr(error, "__notes__", ()))
     if isinstance(error, KeyboardInterrupt):
-        facts = f"Stopped after {seconds:.1f} s; no unfinished output was left behind."
-        return Failure(FewbitError("Interrupted.", facts, f"To start again: {command}"), 130)
-    if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
-        return Failure(_out_of_memory(error), 1)
-    if isinstance(error, OSError):
+        facts = f"Stopped after {seconds:.1f} s; {kept or 'no unfinished output was left behind'}."
+        return Failure(FewbitError("Interrupted.", facts, f"To {'go on' if kept else 'start again'}: {command}"), 130)
+    found: FewbitError | None = None
+    if isinstance(error, FewbitError):
+        found = error
+    elif isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
+        found = _out_of_memory(error)
+    elif isinstance(error, OSError):
         found = _file_trouble(error)
-        return Failure(found, 1) if found else None
-    return None
+    if found is None:
+        return None
+    if kept:
+        found = FewbitError(found.what, f"{found.facts} {kept}.", f"{found.next_step} To go on then: {command}")
+    return Failure(found, 1)
 
 
 def _is_torch_out_of_memory(error: BaseException) -> bool:

@@ -65,6 +65,10 @@ def measure(args: argparse.Namespace, *, exact: bool, origins: Sequence[dict[str
         from fewbit.report import check_report, write_report
 
         check_report(args.report)
+    if tasks:
+        from fewbit.tasks import check_tasks
+
+        check_tasks()
     found: list[Quality] = []
     answers: Tasks = {}
     if texts:

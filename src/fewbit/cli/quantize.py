@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fewbit.cli._parser import Parser
-from fewbit.cli._terminal import megabytes, print_json, progress, write
+from fewbit.cli._parser import Parser, count
+from fewbit.cli._terminal import megabytes, note, print_json, progress, write
 
 if TYPE_CHECKING:
     from fewbit.quantizer import Summary
@@ -25,7 +25,17 @@ def add_arguments(parser: Parser) -> None:
         "--format", metavar="SPEC", help="intN, intNgM or intNgMa: N bits, M inputs share a scale (default int4g64)"
     )
     bits.add_argument("--bits", type=int, choices=range(2, 9), metavar="N", help="2 to 8; 8 means int8, others intNg64")
-    parser.add_argument("--method", default="rtn", help="how codes are chosen (default %(default)s)")
+    parser.add_argument(
+        "--method", default="auto", help="auto, rtn, gptq, awq, awq+gptq or tuned (default %(default)s)"
+    )
+    parser.add_argument(
+        "--effort",
+        type=int,
+        choices=range(4),
+        default=1,
+        metavar="N",
+        help="0: no calibration, seconds; 1: minutes; 2: longer; 3: best, wants a GPU (default %(default)s)",
+    )
     parser.add_argument(
         "--head", default="int8", metavar="int8|16bit|SPEC", help="embedding and output head (default %(default)s)"
     )
@@ -35,7 +45,32 @@ def add_arguments(parser: Parser) -> None:
         default="search",
         help="least squared error, or the textbook map (default %(default)s)",
     )
+    _add_calibration(parser)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default %(default)s)")
+    parser.add_argument("--restart", action="store_true", help="begin anew where an unfinished output lies")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="append one JSON line a matrix: errors and seconds")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def _add_calibration(parser: Parser) -> None:
+    group = parser.add_argument_group("calibration (methods other than rtn)")
+    group.add_argument(
+        "--calibration",
+        metavar="FILE|DATASET|self",
+        help="a text or .jsonl file, owner/name of a hub dataset, or self: the model writes it (default: fewbit's own)",
+    )
+    group.add_argument("--windows", type=count, metavar="N", help="windows of text (default 128)")
+    group.add_argument("--length", type=count, default=512, metavar="N", help="tokens a window (default %(default)s)")
+    group.add_argument(
+        "--drift", action="store_true", help="let each linear make good what the quantized ones before it changed"
+    )
+    group.add_argument(
+        "--prefix",
+        choices=("quantized", "original"),
+        default="quantized",
+        help="whose activations to calibrate on (default %(default)s)",
+    )
+    group.add_argument("--offload", action="store_true", help="keep activations on disk instead of in memory")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,9 +82,20 @@ def run(args: argparse.Namespace) -> int:
             args.output,
             format=args.format or format_of_bits(args.bits or 4),
             method=args.method,
+            effort=args.effort,
             head=args.head,
             scales=args.scales,
+            calibration=args.calibration,
+            windows=args.windows,
+            length=args.length,
+            drift=args.drift,
+            prefix=args.prefix,
+            offload=args.offload,
+            device=args.device,
+            restart=args.restart,
+            log=args.log,
             progress=report,
+            note=note,
         )
     if args.json:
         print_json(summary.to_dict())

@@ -28,6 +28,8 @@ from fewbit.qtensor import QTensor
 
 # rows are searched in slices that stay in a core's cache
 SLICE_WEIGHTS = 1 << 17
+# a GPU wants few large operations; the search holds about ten copies of a slice
+GPU_SLICE_WEIGHTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class IntegerFormat(Format):
     def fit(
         self, w: Tensor, importance: Tensor | None = None, dtype: torch.dtype = torch.float32, search: bool = True
     ) -> Params:
-        rows = max(1, SLICE_WEIGHTS // w.shape[1])
+        rows = max(1, (SLICE_WEIGHTS if w.device.type == "cpu" else GPU_SLICE_WEIGHTS) // w.shape[1])
         h = None if importance is None else importance.expand_as(w)
 
         def fit_slice(start: int) -> Params:

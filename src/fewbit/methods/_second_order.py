@@ -50,7 +50,8 @@ def inverse_factor(hessian: Tensor, note: Callable[[str], None]) -> Tensor:
             if not failed and bool(upper.isfinite().all()):
                 if damp != DAMP:
                     note(f"the Hessian is nearly singular: damped by {damp:g} of its mean diagonal")
-                return upper
+                found: Tensor = upper
+                return found
         damp *= 10
     note("the Hessian can't be factored: rounded to nearest without correction")
     return torch.diag(damped(hessian, damp).diagonal().rsqrt())

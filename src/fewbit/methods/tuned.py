@@ -1,8 +1,8 @@
 """Tuned rounding: GPTQ's codes and scales of a whole block, moved by gradients until the block gives what it gave.
 
 What is minimized is the squared difference between the quantized block's outputs, on what the quantized prefix hands
-on, and the full-precision model's outputs (SignRound, Cheng et al. 2023, section 3). Each weight has a real level that is
-rounded in the forward pass and takes the gradient as if it were not; scales move relative to where they were.
+on, and the full-precision model's outputs (SignRound, Cheng et al. 2023, section 3). Each weight has a real level that
+is rounded in the forward pass and takes the gradient as if it were not; scales move relative to where they were.
 """
 
 from __future__ import annotations
