@@ -6,8 +6,9 @@
 The marks are for SmolLM2-135M-Instruct, WikiText-2's raw test text (windows 1 to 64) and the first 128 windows of 512
 tokens of CALIBRATION; body quantized, embedding and head in 16 bits, float activations. Rows are SPEC/METHOD or
 SPEC/METHOD/EFFORT. Tuned rows take minutes on a GPU and hours on two cores; results of several runs, also on other
-machines, are put together by --with (the peers' are made by benchmarks/peers.py). `--table` only writes the table of
-what --results and --with hold, and judges the marks.
+machines, are put together by --with (the peers' are made by benchmarks/peers.py); what was measured so far lies in
+benchmarks/measured, so that a row need not be measured again to stand beside a new one. `--table` only writes the table
+of what --results and --with hold, and judges the marks; a row that is not there misses its mark.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ ROWS = [f"{spec}/{method}" for spec in WIDTHS for method in METHODS if spec != "
 BOUNDS = {"int4g64/gptq": 0.23, "int4g64/tuned/3": 0.17, "int3g64/gptq": 0.73, "int3g64/tuned/3": 0.55}
 BOUNDS |= {"int8/gptq": 0.004}
 MOST_PERPLEXITY = ("int2g64/tuned/3", 300.0)
+MEASURED = Path(__file__).parent / "measured"
 DOCS = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 
@@ -154,44 +156,27 @@ def is_lower(found: Results, row: str, other: str) -> bool:
     return bool(difference.mean() > 2 * difference.std(ddof=1) / len(difference) ** 0.5)
 
 
-def marks(found: Results) -> list[Mark]:
-    """What the figures must hold, as far as the rows are there."""
-    rows = [
-        Mark(f"mean KL, {row}", found.figures[row]["mean_kl"], bound)
-        for row, bound in BOUNDS.items()
-        if row in found.figures
-    ]
-    row, most = MOST_PERPLEXITY
-    if row in found.figures:
-        rows.append(Mark(f"perplexity, {row}", found.figures[row]["perplexity"], most))
-    for spec in sorted({spec_of(r) for r in found.kl if "@" not in r}):
-        ours = [r for r in found.kl if "@" not in r and spec_of(r) == spec and "/" in r]
-        peers = [r for r in found.kl if "@" not in r and spec_of(r) == spec and "/" not in r]
-        if ours and peers:
-            best = min(ours, key=lambda r: found.figures[r]["mean_kl"])
-            peer = min(peers, key=lambda r: found.figures[r]["mean_kl"])
-            rows.append(
-                Mark(
-                    f"{spec}: {best} lower than {peer} by two paired errors",
-                    float(is_lower(found, best, peer)),
-                    1,
-                    True,
-                )
-            )
+def marks(found: Results, whole: bool) -> list[Mark]:
+    """What the figures must hold; of the whole table, a row that was not measured is a mark missed."""
+
+    def figure(row: str, name: str) -> float:
+        return float(found.figures[row][name]) if row in found.kl else float("inf")
+
+    rows = [Mark(f"mean KL, {row}", figure(row, "mean_kl"), bound) for row, bound in BOUNDS.items()]
+    rows.append(Mark(f"perplexity, {MOST_PERPLEXITY[0]}", figure(MOST_PERPLEXITY[0], "perplexity"), MOST_PERPLEXITY[1]))
+    for spec in WIDTHS:
+        of_width = [r for r in found.kl if "@" not in r and spec_of(r) == spec]
+        best = min((r for r in of_width if "/" in r), key=lambda r: figure(r, "mean_kl"), default=None)
+        peer = min((r for r in of_width if "/" not in r), key=lambda r: figure(r, "mean_kl"), default=None)
+        if best and peer:
+            name = f"{spec}: {best} lower than {peer} by two paired errors"
+            rows.append(Mark(name, float(is_lower(found, best, peer)), 1, True))
     for domain in sorted(domains(found)):
         for spec in WIDTHS[1:]:
-            order = [r for r in (f"{spec}/rtn", f"{spec}/gptq", f"{spec}/tuned/3") if f"{r}@{domain}" in found.figures]
-            kls = [found.figures[f"{r}@{domain}"]["mean_kl"] for r in order]
-            if len(order) > 1:
-                rows.append(
-                    Mark(
-                        f"{spec}: the order of methods holds on {domain}",
-                        float(kls == sorted(kls, reverse=True)),
-                        1,
-                        True,
-                    )
-                )
-    return rows
+            kls = [figure(f"{spec}/{method}@{domain}", "mean_kl") for method in ("rtn", "gptq", "tuned/3")]
+            falls = kls == sorted(kls, reverse=True) and max(kls) < float("inf")
+            rows.append(Mark(f"{spec}: rtn, gptq, tuned in this order on {domain}", float(falls), 1, True))
+    return rows if whole else [m for m in rows if m.value < float("inf") and "order" not in m.name]
 
 
 def main() -> None:
@@ -205,8 +190,8 @@ def main() -> None:
     )
     parser.add_argument("--rows", nargs="*", default=[])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "quality.npz")
-    parser.add_argument("--with", dest="others", nargs="*", default=[], type=Path)
+    parser.add_argument("--results", type=Path, default=MEASURED / "quality.npz")
+    parser.add_argument("--with", dest="others", nargs="*", default=[MEASURED / "peers.npz"], type=Path)
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -224,7 +209,7 @@ def main() -> None:
         page = DOCS.read_text()
         before, _, rest = page.partition(BEGIN)
         DOCS.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
-    finish("quality", marks(results), results.figures)
+    finish("quality-marks", marks(results, args.table), results.figures)
 
 
 if __name__ == "__main__":

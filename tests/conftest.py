@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from fewbit.models import find_model
+from fewbit.store import cache_dir
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -79,7 +80,15 @@ def write_folder(path: Path, weights: dict[str, torch.Tensor] | None = None, **c
 
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing a test writes lands in the user's list of models; the cache of fetched models is shared and read."""
+    """Nothing a test writes lands in the user's list of models or among the cached evaluations; fetched models are
+    shared.
+    """
+    models = cache_dir() / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "fewbit").mkdir()
+    (cache / "fewbit" / "models").symlink_to(models)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
 
 

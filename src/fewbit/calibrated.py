@@ -21,6 +21,8 @@ from fewbit.source import FLOATS, Source
 
 # tokens that run through a block at once: bounds the activations' memory
 BATCH_TOKENS = 2048
+# tuning a block takes about this many times as long as finding what it begins with
+TUNING = 10
 # x^T x is symmetric: computed in strips of rows it takes 5/8 of the work, and narrower strips multiply slower
 STRIPS, LEAST_STRIP = 4, 128
 
@@ -152,8 +154,9 @@ class BlockSolver:
         done = Solved({})
         solved: list[list[tuple[Format, QTensor]]] = []
         seconds = []
+        tunes = goals is not None and hasattr(self.modules[-1], "tune")
         for i, (linear, found) in enumerate(zip(block.linears, stats, strict=True)):
-            report(linear.names[-1], i, len(block.linears))
+            report(linear.names[-1], i, (TUNING if tunes else 1) * len(block.linears))
             start = time.perf_counter()
             solved.append(self._quantized(linear, found))
             linear.weight = torch.cat([fmt.dequantize(q) for fmt, q in solved[-1]])
@@ -240,7 +243,7 @@ class BlockSolver:
             [parts[0] for parts in solved],
             batch,
             len(hidden),
-            lambda done, total: report("tuning", done, total),
+            lambda done, total: report("tuning", total + (TUNING - 1) * done, TUNING * total),
         )
         found = self.modules[-1].tune(part, self.target)
         for linear, (fmt, _), q in zip(block.linears, part.solved, found, strict=True):

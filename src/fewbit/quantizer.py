@@ -159,9 +159,8 @@ def quantize(
     target = Target(source.dtype, asked.scales == "search", asked.effort, note or silent)
     try:
         with Writer(out, plan, source.dtype, facts, fingerprint, asked.restart) as writer, Log(log) as lines:
-            if not writer.done:
-                _companions(writer, source, plan)
-            walk = Walk(source, writer, plan, recipe, modules, target, asked, progress or _quiet, lines, note or silent)
+            _companions(writer, source, plan)
+            walk = Walk(source, writer, plan, modules, target, asked, progress or _quiet, lines, note or silent)
             walk.run(calibration.windows if calibration else None)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):

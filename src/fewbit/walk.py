@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,9 +25,6 @@ from fewbit.methods import Target, rtn
 from fewbit.preflight import Preflight, check
 from fewbit.qtensor import QTensor
 from fewbit.source import FLOATS, Source
-
-if TYPE_CHECKING:
-    from fewbit.quantizer import Recipe
 
 Progress = Callable[[int, int, str], None]
 # rows of one slice hold about this many weights; a multiple of 32 rows keeps packed zero points whole
@@ -102,7 +99,6 @@ class Walk:
         source: Source,
         writer: Writer,
         plan: list[Planned],
-        recipe: Recipe,
         modules: list[ModuleType],
         target: Target,
         settings: Settings,
@@ -110,7 +106,7 @@ class Walk:
         log: Log,
         note: Callable[[str], None],
     ) -> None:
-        self.source, self.writer, self.recipe, self.modules, self.target = source, writer, recipe, modules, target
+        self.source, self.writer, self.modules, self.target = source, writer, modules, target
         self.settings, self.log, self.note = settings, log, note
         self.needs = frozenset().union(*(m.NEEDS for m in modules))
         self.device = device_of(settings.device) if self.needs else torch.device("cpu")
@@ -183,6 +179,7 @@ class Walk:
                 if reference is not None:
                     propagate(self._float_block(index, length), reference)
             else:
+                check_finite(self.source, self.units[unit])
                 if not checked:
                     self._preflight(index, hidden, len(blocks) - index, reference is not None)
                     checked = True
@@ -195,7 +192,6 @@ class Walk:
         weights = _weights(self.units[unit])
         place = f"block {index + 1} of {sum(u.startswith('block ') for u in self.units)}"
         self._report(f"{place}: running calibration text")
-        check_finite(self.source, self.units[unit])
         block = self._float_block(index, hidden.shape[1])
         seen = reference if self.settings.prefix == "original" and reference is not None else hidden
         stats = collect(block, seen, reference if self.settings.drift else None)

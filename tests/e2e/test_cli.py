@@ -46,11 +46,11 @@ def pipe_in(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 def test_help_lists_the_commands(cli: Cli, argv: list[str]) -> None:
     code, out, err = cli(*argv)
     assert (code, err) == (0, "")
-    for verb in ("run", "quantize", "eval", "show", "bench", "ls"):
+    for verb in ("run", "quantize", "eval", "compare", "show", "bench", "ls"):
         assert f"\n  {verb} " in out
 
 
-@pytest.mark.parametrize("verb", ["run", "quantize", "eval", "show", "bench", "ls"])
+@pytest.mark.parametrize("verb", ["run", "quantize", "eval", "compare", "show", "bench", "ls"])
 def test_every_command_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main([verb, "--help"])
@@ -64,7 +64,7 @@ def test_version(cli: Cli) -> None:
 
 def test_quantize_then_use_the_result(cli: Cli, tiny_folder: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, said, progress = cli("quantize", tiny_folder, "-o", out, "--bits", "4", "--head", "int8")
+    code, said, progress = cli("quantize", tiny_folder, "-o", out, "--bits", "4", "--head", "int8", "--method", "rtn")
     assert code == 0
     assert said.startswith(f"{out}: int4g64 by rtn, head int8, in ")
     assert "smaller than 16 bits" in said
@@ -104,7 +104,8 @@ def test_json_has_the_figures_and_nothing_else(cli: Cli, tiny_folder: Path, text
         return json.loads(said)
 
     out = tmp_path / "out"
-    summary = figures("quantize", tiny_folder, "-o", out, "--format", "int8", "--head", "16bit", "--scales", "minmax")
+    options = ("--format", "int8", "--head", "16bit", "--scales", "minmax", "--method", "rtn")
+    summary = figures("quantize", tiny_folder, "-o", out, *options)
     assert summary["path"] == str(out)
     assert (summary["format"], summary["method"], summary["head"]) == ("int8", "rtn", "16bit")
     assert {"weight_bytes", "source_bytes", "float16_bytes", "bits_per_weight", "seconds"} <= set(summary)

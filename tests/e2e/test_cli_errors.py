@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import shlex
 import shutil
 import struct
 import sys
@@ -66,7 +67,7 @@ def out(tmp_path: Path) -> Path:
     ("argv", "what", "hint"),
     [
         (["quantise", "x"], "no command 'quantise'", "quantize"),
-        (["plan", "x"], "no command 'plan'", "bench, eval, ls, quantize, run, show"),
+        (["plan", "x"], "no command 'plan'", "bench, compare, eval, ls, quantize, run, show"),
         (["serve"], "no command 'serve'", "Known"),
         (["_terminal"], "no command '_terminal'", "Known"),
         (["--verison"], "no option '--verison'", "Known"),
@@ -159,9 +160,13 @@ def test_nan_names_the_tensor(capsys: pytest.CaptureFixture[str], tiny_folder: P
     weight = load_file(tiny_folder / "model.safetensors")[name]
     weight[3, 5] = float("nan")
     change(tiny_folder, name, weight)
-    failed = quantize_fails(capsys, tiny_folder, out)
+    argv = ["quantize", str(tiny_folder), "-o", str(out), "--method", "rtn"]
+    failed = fails(capsys, *argv)
     assert name in failed.what
     assert "[3, 5]" in failed.facts
+    assert failed.facts.endswith("2 of 4 units are kept.")
+    assert failed.next.endswith(f"To go on then: {shlex.join(['fewbit', *argv])}")
+    assert [p.name for p in out.parent.iterdir()] == [".out.partial"]
 
 
 def test_unsupported_architecture_lists_the_known(

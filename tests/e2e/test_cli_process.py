@@ -44,7 +44,7 @@ def command(before: str, *argv: str | Path) -> list[str]:
 def test_interrupted_quantize_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     results = tmp_path / "my results"
     results.mkdir()
-    argv = ["quantize", str(tiny_folder), "-o", str(results / "out")]
+    argv = ["quantize", str(tiny_folder), "-o", str(results / "out"), "--method", "rtn"]
     process = subprocess.Popen(command(SLOW_QUANTIZE, *argv), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     until = time.monotonic() + PATIENCE
     # config.json comes first: from then on the walk is under way

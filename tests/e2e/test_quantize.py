@@ -21,6 +21,7 @@ from fewbit.checkpoint import _safetensors, _writer
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
 from fewbit.methods import Target, rtn
+from fewbit.quantizer import Summary
 from fewbit.runtime.cache import Sequence
 from fewbit.source import describe, open_source
 from tests.conftest import CONFIG, random_weights, write_folder
@@ -33,6 +34,17 @@ def exact_logits(path: Path) -> torch.Tensor:
     return model.forward([(Sequence(), IDS)], wanted=list(range(len(IDS))))
 
 
+def rounded(model: Path, out: str | Path, **options: Any) -> Summary:
+    """Quantized by round to nearest: what the walk does to tensors and files, without calibration."""
+    return fewbit.quantize(model, out, **{"method": "rtn"} | options)
+
+
+def kept(out: Path) -> list[str]:
+    """The committed units of an unfinished output."""
+    found: list[str] = json.loads((out.parent / f".{out.name}.partial" / "journal.json").read_text())["done"]
+    return found
+
+
 def nothing_left(out: Path) -> bool:
     return not out.exists() and not [p for p in out.parent.iterdir() if p.name.startswith(f".{out.name}")]
 
@@ -40,7 +52,7 @@ def nothing_left(out: Path) -> bool:
 @pytest.mark.parametrize("spec", ["int8", "int4g32", "int4g64", "int4g64a", "int3g32", "int6g50a", "int4", "int2g16"])
 @pytest.mark.parametrize("head", ["int8", "16bit", "int6g32"])
 def test_the_folder_holds_exactly_the_rounded_weights(tiny_folder: Path, tmp_path: Path, spec: str, head: str) -> None:
-    summary = fewbit.quantize(tiny_folder, tmp_path / "q", format=spec, head=head)
+    summary = rounded(tiny_folder, tmp_path / "q", format=spec, head=head)
     source, written = open_source(tiny_folder), open_source(tmp_path / "q")
     for w in source.weights:
         stored = written.read(w.name)
@@ -59,7 +71,7 @@ def test_bits_per_weight_count_scales_and_zero_points(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", hidden_size=128, intermediate_size=256, tie_word_embeddings=False)
     # int4: 4 + 16/64 for the scale, + 4/64 for the zero point
     for spec, bits in (("int4g64", 4.25), ("int4g64a", 4.3125)):
-        summary = fewbit.quantize(folder, tmp_path / spec, format=spec, head=spec)
+        summary = rounded(folder, tmp_path / spec, format=spec, head=spec)
         assert summary.bits_per_weight == pytest.approx(bits)
 
 
@@ -69,7 +81,7 @@ def test_transformers_loads_the_folder_and_agrees(tmp_path: Path, spec: str) -> 
 
     folder = write_folder(tmp_path / "m", intermediate_size=128)
     out = tmp_path / "q"
-    fewbit.quantize(folder, out, format=spec, head="16bit")
+    rounded(folder, out, format=spec, head="16bit")
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
     if spec.endswith("a"):
@@ -110,15 +122,15 @@ def test_what_compressed_tensors_cannot_say_is_spelled_as_fewbit(tiny_folder: Pa
         {"format": "int4g48", "head": "16bit"},
     ]
     for i, options in enumerate(cases):
-        fewbit.quantize(tiny_folder, tmp_path / str(i), **options)
+        rounded(tiny_folder, tmp_path / str(i), **options)
         config = json.loads((tmp_path / str(i) / "config.json").read_text())
         assert config["quantization_config"]["quant_method"] == "fewbit"
 
 
 def test_shards_are_split_indexed_and_read(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = fewbit.quantize(tiny_folder, tmp_path / "one", format="int4g32")
+    whole = rounded(tiny_folder, tmp_path / "one", format="int4g32")
     monkeypatch.setattr(_writer, "SHARD_BYTES", 20_000)
-    fewbit.quantize(tiny_folder, tmp_path / "many", format="int4g32")
+    rounded(tiny_folder, tmp_path / "many", format="int4g32")
     files = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 2
     assert whole.path.endswith("one")
@@ -129,8 +141,8 @@ def test_shards_are_split_indexed_and_read(tiny_folder: Path, tmp_path: Path, mo
 
 
 def test_a_quantized_model_can_be_quantized_again(tiny_folder: Path, tmp_path: Path) -> None:
-    fewbit.quantize(tiny_folder, tmp_path / "a", format="int8")
-    fewbit.quantize(tmp_path / "a", tmp_path / "b", format="int4g32")
+    rounded(tiny_folder, tmp_path / "a", format="int8")
+    rounded(tmp_path / "a", tmp_path / "b", format="int4g32")
     assert exact_logits(tmp_path / "b").isfinite().all()
 
 
@@ -138,7 +150,7 @@ def test_plain_minmax_scales_are_worse_and_kept_available(tiny_folder: Path, tmp
     reference = exact_logits(tiny_folder).log_softmax(-1)
     kl = {}
     for scales in ("search", "minmax"):
-        fewbit.quantize(tiny_folder, tmp_path / scales, format="int3g32", scales=scales)
+        rounded(tiny_folder, tmp_path / scales, format="int3g32", scales=scales)
         q = exact_logits(tmp_path / scales).log_softmax(-1)
         kl[scales] = float((reference.exp() * (reference - q)).sum(-1).mean())
     assert kl["search"] < kl["minmax"]
@@ -171,21 +183,23 @@ import sys
 from fewbit.memory import PeakMemory
 from fewbit.quantizer import quantize
 with PeakMemory() as memory:
-    quantize(sys.argv[1], sys.argv[2], format="int4g64")
+    quantize(sys.argv[1], sys.argv[2], format="int4g64", method="rtn")
 print(memory.peak)
 """
 
 
-def test_nan_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+def test_nan_is_named_and_finished_units_are_kept(tmp_path: Path) -> None:
     for value in (float("nan"), float("inf")):
         weights = random_weights(CONFIG)
         weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
         folder = write_folder(tmp_path / f"m{value}", weights)
-        out = tmp_path / "q"
+        out = tmp_path / f"q{value}"
         with pytest.raises(FewbitError, match=r"layers\.1\.mlp\.up_proj.*NaN") as caught:
-            fewbit.quantize(folder, out)
+            rounded(folder, out)
         assert "[3, 5]" in caught.value.facts
-        assert nothing_left(out)
+        assert caught.value.__notes__ == ["2 of 4 units are kept"]
+        assert kept(out) == ["embedding", "block 0"]
+        assert not out.exists()
 
 
 def test_what_a_narrower_type_cannot_hold_is_named(tmp_path: Path) -> None:
@@ -193,15 +207,15 @@ def test_what_a_narrower_type_cannot_hold_is_named(tmp_path: Path) -> None:
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e6
     folder = write_folder(tmp_path / "m", weights)
     with pytest.raises(FewbitError, match=r"layers\.1\.mlp\.up_proj.*infinity as f16"):
-        fewbit.quantize(folder, tmp_path / "q", format="f16")
-    assert nothing_left(tmp_path / "q")
+        rounded(folder, tmp_path / "q", format="f16")
+    assert kept(tmp_path / "q") == ["embedding", "block 0"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_sixteen_bits_are_sixteen_whatever_the_source(tmp_path: Path, dtype: str) -> None:
     weights = random_weights(CONFIG, getattr(torch, dtype))
     folder = write_folder(tmp_path / "m", weights, dtype=dtype)
-    fewbit.quantize(folder, tmp_path / "q", format="int4g32", head="16bit")
+    rounded(folder, tmp_path / "q", format="int4g32", head="16bit")
     written = open_source(tmp_path / "q")
     wide = torch.float16 if dtype == "float16" else torch.bfloat16
     assert written.read("model.embed_tokens.weight").parts["weight"].dtype == wide
@@ -220,7 +234,7 @@ def test_a_full_disk_is_said_before_and_during(
     with monkeypatch.context() as m:
         m.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
         with pytest.raises(FewbitError, match="disk is too full"):
-            fewbit.quantize(tiny_folder, out)
+            rounded(tiny_folder, out)
     assert nothing_left(out)
     written = 0
     original = _safetensors.ShardWriter.write
@@ -234,8 +248,13 @@ def test_a_full_disk_is_said_before_and_during(
 
     monkeypatch.setattr(_safetensors.ShardWriter, "write", failing)
     with pytest.raises(FewbitError, match="disk is full"):
-        fewbit.quantize(tiny_folder, out)
-    assert nothing_left(out)
+        rounded(tiny_folder, out)
+    assert kept(out) == ["embedding"]
+    # there is space again: the same call goes on
+    monkeypatch.undo()
+    rounded(tiny_folder, out)
+    rounded(tiny_folder, tmp_path / "whole")
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
 def test_an_existing_output_is_kept(tiny_folder: Path, tmp_path: Path) -> None:
@@ -243,24 +262,39 @@ def test_an_existing_output_is_kept(tiny_folder: Path, tmp_path: Path) -> None:
     out.mkdir()
     (out / "mine").write_text("x")
     with pytest.raises(FewbitError, match="exists already"):
-        fewbit.quantize(tiny_folder, out)
+        rounded(tiny_folder, out)
     assert [p.name for p in out.iterdir()] == ["mine"]
     with pytest.raises(FewbitError, match="does not exist"):
-        fewbit.quantize(tiny_folder, tmp_path / "no" / "such" / "q")
+        rounded(tiny_folder, tmp_path / "no" / "such" / "q")
 
 
 def test_two_writers_of_one_output_do_not_meet(tiny_folder: Path, tmp_path: Path) -> None:
-    out, written = tmp_path / "q", []
+    out, refused = tmp_path / "q", []
 
     def second(done: int, total: int, label: str) -> None:
-        if not written:
-            written.append(fewbit.quantize(tiny_folder, out, format="int8"))
+        # opening the model is told before the output is made
+        if not refused and (tmp_path / ".q.partial").exists():
+            with pytest.raises(FewbitError, match="Another process is writing") as caught:
+                rounded(tiny_folder, out, format="int8")
+            refused.append(caught.value)
 
-    # the slower of the two finds the place taken, and leaves the other's folder as it is
-    with pytest.raises(FewbitError):
-        fewbit.quantize(tiny_folder, out, format="int4g32", progress=second)
-    assert describe(out).facts["format"] == "int8"
+    rounded(tiny_folder, out, format="int4g32", progress=second)
+    assert len(refused) == 1
+    assert describe(out).facts["format"] == "int4g32"
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+def test_an_output_that_another_writer_finished_first_is_kept(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q"
+
+    def faster(done: int, total: int, label: str) -> None:
+        if done == total and total > 1 and not out.exists():
+            rounded(tiny_folder, tmp_path / "other", format="int8")
+            (tmp_path / "other").rename(out)
+
+    with pytest.raises(FewbitError, match="exists already"):
+        rounded(tiny_folder, out, format="int4g32", progress=faster)
+    assert describe(out).facts["format"] == "int8"
 
 
 def test_a_link_in_the_way_is_not_followed(tiny_folder: Path, tmp_path: Path) -> None:
@@ -269,40 +303,42 @@ def test_a_link_in_the_way_is_not_followed(tiny_folder: Path, tmp_path: Path) ->
     (victim / "mine").write_text("x")
     (tmp_path / "q").symlink_to(tmp_path / "nowhere")
     with pytest.raises(FewbitError, match="exists already"):
-        fewbit.quantize(tiny_folder, tmp_path / "q")
+        rounded(tiny_folder, tmp_path / "q")
     (tmp_path / ".q.partial").symlink_to(victim)
-    fewbit.quantize(tiny_folder, tmp_path / "q2")
+    rounded(tiny_folder, tmp_path / "q2")
     assert (victim / "mine").read_text() == "x"
 
 
 @pytest.mark.parametrize("name", [".", "", "/"])
 def test_an_output_without_a_name_is_an_error(tiny_folder: Path, name: str) -> None:
     with pytest.raises(FewbitError, match="exists already"):
-        fewbit.quantize(tiny_folder, name)
+        rounded(tiny_folder, name)
 
 
-def test_an_interrupt_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "q"
+def test_an_interrupt_keeps_what_was_committed(tiny_folder: Path, tmp_path: Path) -> None:
+    for i, (share, units) in enumerate([(0.0, []), (0.5, ["embedding"])]):
+        out = tmp_path / f"q{i}"
 
-    def stop(done: int, total: int, label: str) -> None:
-        if done > total // 2:
-            raise KeyboardInterrupt
+        def stop(done: int, total: int, label: str, share: float = share) -> None:
+            if done > share * total:
+                raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        fewbit.quantize(tiny_folder, out, progress=stop)
-    assert nothing_left(out)
+        with pytest.raises(KeyboardInterrupt):
+            rounded(tiny_folder, out, progress=stop)
+        assert not out.exists()
+        assert nothing_left(out) if not units else kept(out) == units
     assert threading.active_count() < 20
 
 
 @pytest.mark.parametrize("spec", ["int9", "gguf:q4_0", "nonsense"])
 def test_formats_that_cannot_be_written_are_refused(tiny_folder: Path, tmp_path: Path, spec: str) -> None:
     with pytest.raises(FewbitError):
-        fewbit.quantize(tiny_folder, tmp_path / "q", format=spec)
+        rounded(tiny_folder, tmp_path / "q", format=spec)
     assert nothing_left(tmp_path / "q")
 
 
 def test_unknown_methods_and_scales_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FewbitError, match="methods"):
-        fewbit.quantize(tiny_folder, tmp_path / "q", method="gtpq")
+        rounded(tiny_folder, tmp_path / "q", method="gtpq")
     with pytest.raises(FewbitError, match="scales"):
-        fewbit.quantize(tiny_folder, tmp_path / "q", scales="best")
+        rounded(tiny_folder, tmp_path / "q", scales="best")

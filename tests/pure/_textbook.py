@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fewbit.formats import Format, Params
+from fewbit.formats import Params, parse
+from fewbit.formats.integer import IntegerFormat
 
 Array = NDArray[np.float64]
 # in steps of the grid
@@ -49,7 +50,7 @@ class Grid:
         return self.least(distance, TIE * self.step(column), column, found)
 
     def least(self, cost: Array, slack: Array, column: int, found: Array | None) -> Array:
-        """The value of least cost [out, codes]; `found` instead, where it is a value that costs at most `slack` more."""
+        """The value of least cost [out, codes]; `found` where that costs at most `slack` more."""
         values, rows, best = self.values(column), np.arange(len(cost)), cost.argmin(1)
         if found is not None:
             theirs = np.abs(values - found[:, None]).argmin(1)
@@ -71,6 +72,13 @@ def spec(bits: int, group: int | None, asymmetric: bool) -> str:
     return f"int{bits}{f'g{group}' if group else ''}{'a' if asymmetric else ''}"
 
 
+def integer(name: str) -> IntegerFormat:
+    """The integer format of a spec, with its bits and groups to look at."""
+    fmt = parse(name)
+    assert isinstance(fmt, IntegerFormat)
+    return fmt
+
+
 def dampened(hessian: Array, share: float = 0.01) -> Array:
     """A hundredth of the mean diagonal added to the diagonal; the whole mean where an input never occurs."""
     h, mean = hessian.copy(), float(np.mean(np.diag(hessian))) or 1.0
@@ -85,8 +93,8 @@ def falling(diagonal: Array) -> list[int]:
 
 
 def obq(w: Array, hessian: Array, g: Grid, order: Sequence[int], found: Array | None = None) -> Array:
-    """Optimal brain quantization in a given order: fix a weight, move those still free by -error / [F^-1]_00 * [F^-1]_0:
-    with F the Hessian of the free ones, inverted anew for each column.
+    """Optimal brain quantization in a given order (Frantar et al. 2022, equations 2 and 3): fix a column, move those
+    still free by -error / [F^-1]_00 * [F^-1]_0: with F the Hessian of the free ones, inverted anew for each column.
     """
     w, free = w.copy(), list(order)
     while free:
@@ -122,12 +130,12 @@ def descended(w: Array, hessian: Array, g: Grid, start: Array, order: Sequence[i
 
 
 def best_scale(w: Array, hessian: Array, levels: Array, scale: Array, columns: Array, row: int) -> float:
-    """The scale of one group of one row that brings the objective down most, all else fixed: least squares on
+    """The scale of one group of a row, scales [in] of it given, that brings its objective down most: least squares on
     explicit inputs R with R^T R = H.
     """
     values, vectors = np.linalg.eigh(hessian)
     inputs = np.sqrt(values.clip(0))[:, None] * vectors.T
-    others = levels[row] * scale[row]
+    others = levels[row] * scale
     others[columns] = 0
     known = inputs[:, columns] @ levels[row, columns]
     return float(np.linalg.lstsq(known[:, None], inputs @ (w[row] - others), rcond=None)[0][0])
@@ -153,12 +161,11 @@ def case(rows: int, columns: int, seed: int, spread: float = 1.0) -> tuple[Tenso
     return torch.randn(rows, columns, generator=random) * 0.05, x.t() @ x / len(x)
 
 
-def levels_of(fmt: Format, codes: Tensor, params: Params) -> Array:
+def levels_of(fmt: IntegerFormat, codes: Tensor, params: Params) -> Array:
     """Whole numbers [out, in] that the scales multiply."""
     columns = codes.shape[1]
-    scale = array(params["scale"])
-    wide = -(-columns // scale.shape[1]) if scale.shape[1] == 1 else fmt.span(columns)  # type: ignore[attr-defined]
-    return np.round(array(fmt.value(codes, params)) / np.repeat(scale, wide, 1)[:, :columns])
+    spread = np.repeat(array(params["scale"]), fmt.group or columns, 1)[:, :columns]
+    return np.round(array(fmt.value(codes, params)) / spread)
 
 
 def falls(costs: Sequence[Array], slack: float = 1e-6) -> bool:

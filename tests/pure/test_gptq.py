@@ -1,4 +1,4 @@
-"""GPTQ against optimal brain quantization as a plain loop: the Hessian of the free columns inverted for each of them."""
+"""GPTQ against optimal brain quantization as a plain loop that inverts the free columns' Hessian for each of them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from tests.pure._textbook import (
     gram,
     grid,
     inputs,
+    integer,
     obq,
     spec,
 )
@@ -84,6 +85,13 @@ def test_more_columns_than_are_corrected_at_once(bits: int, asymmetric: bool, gr
     w, h = case(8, 160, 2)
     assert w.shape[1] > gptq.LAZY
     agrees(w, h, bits, group, asymmetric, one_shot())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 2), (2, 33)])
+def test_shapes_that_fill_no_group(shape: tuple[int, int]) -> None:
+    w, h = case(*shape, seed=18)
+    agrees(w, h, 4, 32, False, one_shot())
+    agrees(w, h, 3, 2, True, one_shot())
 
 
 @pytest.mark.parametrize("lazy", [1, 7, 16, 64])
@@ -181,11 +189,11 @@ def test_a_hopeless_hessian_rounds_to_nearest_and_that_is_told() -> None:
 @pytest.mark.parametrize("name", ["int4g32", "int3a"])
 def test_no_inputs_at_all_is_round_to_nearest(name: str, effort: int) -> None:
     w, _ = case(16, 64, 11)
-    fmt = parse(name)
+    fmt = integer(name)
     target = Target(torch.float32, effort=effort, note=unheard)
     q = gptq.quantize(w, fmt, {"hessian": torch.zeros(64, 64)}, target)
     params = fmt.unpack(q)[1]
-    g = grid(params, fmt.bits, fmt.group, 64)  # type: ignore[attr-defined]
+    g = grid(params, fmt.bits, fmt.group, 64)
     found = array(fmt.dequantize(q))
     wanted = np.stack([g.nearest(array(w)[:, c], c, found[:, c]) for c in range(64)], 1)
     assert np.abs(found - wanted).max() <= 1e-6

@@ -37,17 +37,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "source": LOW | {"formats", "models", "checkpoint", "store"},
     "origin": {"config_values", "checkpoint", "source"},
     "reference_cache": {"store", "scoring", "source"},
-    "quantizer": LOW | {"formats", "methods", "models", "checkpoint", "tokenizer", "store", "source"},
     "runtime": LOW | {"formats", "kernels", "layers", "models", "checkpoint", "tokenizer", "store", "source", "memory"},
+    "blocks": LOW | {"formats", "kernels", "layers", "source"},
+    "calibrated": LOW | {"formats", "methods", "source", "blocks"},
+    "preflight": LOW | {"formats", "methods", "source", "blocks", "calibrated"},
+    "walk": LOW | {"formats", "methods", "checkpoint", "source", "blocks", "calibrated", "preflight"},
 }
 MAY_IMPORT["self_calibration"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
+MAY_IMPORT["quantizer"] = MAY_IMPORT["walk"] | {"walk", "models", "tokenizer", "store", "calibration"}
+MAY_IMPORT["quantizer"] |= {"self_calibration"}
 MAY_IMPORT["evaluator"] = MAY_IMPORT["runtime"] | {"runtime", "calibration", "scoring", "reference_cache"}
 MAY_IMPORT["tasks"] = MAY_IMPORT["runtime"] | {"runtime"}
+MAY_IMPORT["report"] = {"errors", "qtensor", "formats", "models", "source", "evaluator"}
 # the public names and the command line stand above all
 TOP = {"__init__", "cli"}
 # the compiled kernels are read through the kernels package
 NATIVE = "_cpu"
-OTHERS = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "regex", "rich"}
+OTHERS = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "regex", "rich", "altair", "vl_convert"}
 
 
 def part(path: Path) -> str:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewbit.formats import Format, Params, Scaled, parse
+from fewbit.formats import Params, Scaled, parse
 from fewbit.formats.integer import IntegerFormat
 from fewbit.methods import _refine
 from fewbit.methods._refine import refine, rescaled, swept
@@ -23,6 +23,7 @@ from tests.pure._textbook import (
     descended,
     falls,
     grid,
+    integer,
     levels_of,
     spec,
 )
@@ -30,10 +31,10 @@ from tests.pure._textbook import (
 
 def begun(
     bits: int, group: int | None, asymmetric: bool, seed: int, columns: int = 64, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Format, Tensor, Params]:
+) -> tuple[Tensor, Tensor, IntegerFormat, Tensor, Params]:
     """Weights, a damped Hessian, and what round to nearest makes of them."""
     w, h = case(16, columns, seed)
-    fmt = parse(spec(bits, group, asymmetric))
+    fmt = integer(spec(bits, group, asymmetric))
     params = fmt.fit(w, dtype=dtype)
     return w, damped(h), fmt, fmt.round(w, params), params
 
@@ -122,30 +123,37 @@ def test_each_scale_is_the_least_squares_one(bits: int, asymmetric: bool, group:
     assert (costs[-1] < costs[0]).mean() > 0.9
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_a_scale_that_rounds_badly_stays(bits: int) -> None:
-    w, h, fmt, codes, params = begun(bits, 32, False, 50 + bits, dtype=torch.bfloat16)
-    after = rescaled(w, h, fmt, codes, params)["scale"]
-    assert after.dtype == torch.bfloat16
-    whole, hessian, levels = array(w), array(h), levels_of(fmt, codes, params)
-    scale, found = array(params["scale"]), array(after)
+def test_scales_in_16_bits_are_the_best_of_those_that_can_be_stored() -> None:
     kept = moved = 0
-    for g, columns in enumerate(spans(64, 32)):
-        for row in range(16):
-            spread = np.repeat(scale[row], 32)
-            best = best_scale(whole, hessian, levels, spread, columns, row)
-            rounded = float(torch.tensor(best).to(torch.bfloat16))
-            costs = []
-            for candidate in (scale[row, g], rounded, found[row, g]):
-                spread[columns] = candidate
-                costs.append(float(cost((levels[row] * spread - whole[row])[None], hessian)[0]))
-            assert costs[2] <= min(costs[:2]) * (1 + 1e-5)
-            assert found[row, g] in (scale[row, g], rounded)
-            kept += found[row, g] == scale[row, g]
-            moved += found[row, g] != scale[row, g]
-            scale[row, g] = found[row, g]
+    for bits in (2, 3, 4, 6, 8):
+        w, h, fmt, codes, params = begun(bits, 32, False, 50 + bits, dtype=torch.bfloat16)
+        after = rescaled(w, h, fmt, codes, params)["scale"]
+        assert after.dtype == torch.bfloat16
+        whole, hessian, levels = array(w), array(h), levels_of(fmt, codes, params)
+        scale, found = array(params["scale"]), array(after)
+        for g, columns in enumerate(spans(64, 32)):
+            for row in range(16):
+                spread = np.repeat(scale[row], 32)
+                best = best_scale(whole, hessian, levels, spread, columns, row)
+                rounded = float(torch.tensor(best).to(torch.bfloat16))
+                costs = []
+                for candidate in (scale[row, g], rounded, found[row, g]):
+                    spread[columns] = candidate
+                    costs.append(float(cost((levels[row] * spread - whole[row])[None], hessian)[0]))
+                assert costs[2] <= min(costs[:2]) * (1 + 1e-5)
+                assert found[row, g] in (scale[row, g], rounded)
+                kept += found[row, g] == scale[row, g]
+                moved += found[row, g] != scale[row, g]
+                scale[row, g] = found[row, g]
     assert kept
     assert moved
+
+
+def test_a_scale_whose_best_value_cannot_be_stored_stays() -> None:
+    # the best scale is zero, which is never stored
+    fmt, w, codes = parse("int4g32"), torch.zeros(1, 32), torch.full((1, 32), 9, dtype=torch.uint8)
+    params = {"scale": torch.tensor([[0.25]])}
+    assert rescaled(w, torch.eye(32), fmt, codes, params)["scale"].item() == 0.25
 
 
 def test_a_group_of_zero_levels_keeps_its_scale() -> None:

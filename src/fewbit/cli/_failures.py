@@ -85,10 +85,14 @@ def _file_trouble(error: OSError) -> FewbitError | None:
         errno.ENOTDIR: "Check the path: one of its folders is a file.",
         errno.ENAMETOOLONG: "Choose a shorter path.",
         errno.EIO: "Check the disk: it could not be read or written.",
+        errno.EFBIG: "Write to a disk that takes larger files, or raise the limit (ulimit -f).",
     }.get(error.errno or 0)
-    if advice is None or not place:
+    # an open file that fails does not tell its name
+    nameless = error.errno in (errno.EIO, errno.EFBIG)
+    if advice is None or not (place or nameless):
         return None
-    return FewbitError(f"{place!r} can't be used.", f"The system says: {error.strerror}.", advice)
+    what = f"{place!r} can't be used." if place else "A file can't be read or written."
+    return FewbitError(what, f"The system says: {error.strerror}.", advice)
 
 
 def _existing_parent(place: str) -> Path:

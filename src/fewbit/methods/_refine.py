@@ -39,19 +39,25 @@ def rescaled(w: Tensor, hessian: Tensor, fmt: Format, codes: Tensor, params: Par
     # gradient of half the error: E H
     pull = (found.levels * scale[:, found.group] - w) @ hessian
     for g in range(scale.shape[1]):
-        columns = found.group == g
+        columns = _span(found.group, g)
         levels = found.levels[:, columns]
-        curve = ((levels @ hessian[columns][:, columns]) * levels).sum(1)
-        wanted = scale[:, g] - (pull[:, columns] * levels).sum(1) / curve.clamp(min=1e-30)
-        wanted = torch.where(curve > 0, wanted, scale[:, g])
+        curve = ((levels @ hessian[columns, columns]) * levels).sum(1)
+        slope = (pull[:, columns] * levels).sum(1)
+        wanted = torch.where(curve > 0, scale[:, g] - slope / curve.clamp(min=1e-30), scale[:, g])
         stored = fmt.with_scale(params, wanted[:, None])["scale"].float().squeeze(1)
         # rounding to the stored dtype may undo the gain: then the old one stays
         move = stored - scale[:, g]
-        gain = move * (2 * (pull[:, columns] * levels).sum(1) + move * curve)
+        gain = move * (2 * slope + move * curve)
         move = torch.where(gain < 0, move, torch.zeros_like(move))
         scale[:, g] += move
         pull += (levels * move[:, None]) @ hessian[columns]
     return fmt.with_scale(params, scale)
+
+
+def _span(group: Tensor, g: int) -> slice:
+    """The neighbouring columns of group `g`."""
+    columns = (group == g).nonzero().flatten()
+    return slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def swept(w: Tensor, hessian: Tensor, fmt: Format, codes: Tensor, params: Params, order: Tensor) -> Tensor:
