@@ -84,8 +84,10 @@ def main() -> int:
     parser.add_argument("--format", default="int4g64")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the counts here")
-    known, options = parser.parse_known_args()
-    known.options = [o for o in options if o != "--"]
+    argv = sys.argv[1:]
+    cut = argv.index("--") if "--" in argv else len(argv)
+    known = parser.parse_args(argv[:cut])
+    known.options = argv[cut + 1 :]
     with tempfile.TemporaryDirectory(prefix="fewbit-kill-") as temporary:
         return compare(Path(temporary), known)
 
@@ -113,7 +115,7 @@ def compare(folder: Path, args: argparse.Namespace) -> int:
             continue
         done = units(out)
         hits[f"after {done[-1]}" if done else "before anything"] += 1
-        print(f"kill {sum(hits.values())} hit {list(hits)[-1] if not done else 'after ' + done[-1]}", flush=True)
+        print(f"kill {sum(hits.values())}: {len(done)} units are kept", flush=True)
     if not out.exists():
         subprocess.run(command(model, out, args), check=True, stdout=subprocess.DEVNULL)
     wrong = differences(whole, out)
