@@ -25,6 +25,8 @@ from torch import Tensor
 # the output column that stands in each place of a word of eight
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+# a one in every field of a word
+ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 PACKED_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
@@ -37,12 +39,20 @@ def unpack(words: Tensor, bits: int, axis: int, length: int) -> Tensor:
     return torch.from_numpy(values).movedim(-1, axis)
 
 
+def gptq_zeros(qzeros: Tensor, bits: int, outputs: int, offset: int) -> Tensor:
+    """GPTQ's qzeros -> zero points int32 [groups, out]; `offset` (0 or 1) is what the file took from each."""
+    if offset and bits in ONES:
+        # taken from whole words: a zero point of 0 borrowed from its neighbour
+        return unpack(qzeros + ONES[bits], bits, 1, outputs)
+    return (unpack(qzeros, bits, 1, outputs) + offset) % (1 << bits)
+
+
 def gptq_weight(parts: dict[str, Tensor], bits: int, offset: int) -> Tensor:
     """One linear in GPTQ's layout -> weight float32 [out, in]; `offset` is what the file took from each zero."""
     groups, outputs = parts["scales"].shape
     inputs = parts["qweight"].shape[0] * 32 // bits
     codes = unpack(parts["qweight"], bits, 0, inputs)
-    zeros = unpack(parts["qzeros"], bits, 1, outputs) + offset
+    zeros = gptq_zeros(parts["qzeros"], bits, outputs, offset)
     group = parts["g_idx"].long() if "g_idx" in parts else torch.arange(inputs) // (inputs // groups)
     return ((codes - zeros[group]) * parts["scales"].float()[group]).T.contiguous()
 

@@ -1,9 +1,9 @@
-"""The kill test: kill -9 at random moments of a quantization, until enough of them hit it at work; the same command goes
-on each time, and every file must be what an uninterrupted run writes. Exits non-zero where a byte differs.
+"""The kill test: kill -9 at random moments of a quantization, until enough of them hit it at work; the same command
+goes on each time, and every file must be what an uninterrupted run writes. Exits non-zero where a byte differs.
 
     python benchmarks/kill.py [MODEL] [--kills 20] [--method gptq] [--format int4g64] [-- OPTIONS OF fewbit quantize]
 
-Without MODEL a random one of 12 blocks is made. Kills before the first block (while Python starts, the text is read, or
+Without MODEL a random one of 8 blocks is made. Kills before the first block (while Python starts, the text is read, or
 the embedding is written) do not count.
 """
 
@@ -23,10 +23,10 @@ from pathlib import Path
 START = "import sys; from fewbit.cli import main; sys.exit(main(sys.argv[1:]))"
 # a random Llama that takes seconds a block, so that kills find it in the middle of things
 SIZES = {
-    "hidden_size": 384,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 6,
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,
 }
@@ -60,7 +60,7 @@ def units(out: Path) -> list[str]:
     return found
 
 
-def killed(line: list[str], out: Path, wait: float) -> bool:
+def killed(line: list[str], wait: float) -> bool:
     """Start the command, kill it `wait` seconds after its walk went on; False where it was done before that."""
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -107,14 +107,18 @@ def compare(folder: Path, args: argparse.Namespace) -> int:
         starts += 1
         # a block and a half at most: every run gets a little further, and ends anywhere in a block
         left = 1.5 if sum(hits.values()) < args.kills / 2 else 1.0
-        if not killed(command(model, out, args), out, moments.uniform(0, left * seconds / blocks)):
-            # it was faster: the next run begins anew, its files have been compared
+        at_work = killed(command(model, out, args), moments.uniform(0, left * seconds / blocks))
+        if out.exists():
+            # it was faster: compared, and the next run begins anew
             if differences(whole, out):
                 break
+            print("finished, equal", flush=True)
             _remove(out)
             continue
         done = units(out)
-        hits[f"after {done[-1]}" if done else "before anything"] += 1
+        if not at_work or not done:
+            raise SystemExit(f"the command ended by itself with {len(done)} units")
+        hits[f"after {done[-1]}"] += 1
         print(f"kill {sum(hits.values())}: {len(done)} units are kept", flush=True)
     if not out.exists():
         subprocess.run(command(model, out, args), check=True, stdout=subprocess.DEVNULL)

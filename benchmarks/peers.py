@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from _clusters import clustered_error
 from _peer_folders import read_folder
 from _peer_quantizers import Row
 from tokenizers import Tokenizer
@@ -107,11 +108,11 @@ class Measure:
 
 
 def figures(scores: dict[str, np.ndarray]) -> dict[str, float]:
-    """The table's figures of one row; `*_error` is the standard error of a mean over tokens."""
+    """The table's figures of one row; `*_error` is the standard error of a mean over windows."""
     kl = scores["kl"].astype(np.float64)
     return {
         "mean_kl": float(kl.mean()),
-        "mean_kl_error": float(kl.std(ddof=1) / len(kl) ** 0.5),
+        "mean_kl_error": clustered_error(kl),
         "median_kl": float(np.median(kl)),
         "p99_kl": float(np.quantile(kl, 0.99)),
         "top1": float(scores["agrees"].mean()),

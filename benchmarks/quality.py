@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from _chain import Reference, windows
+from _clusters import clustered_error
 from _marks import Mark, finish
 
 import fewbit
@@ -49,6 +50,9 @@ class Results:
         self.kl: dict[str, np.ndarray] = dict(np.load(path)) if path.exists() else {}
         figures = path.with_suffix(".json")
         self.figures: dict[str, Any] = json.loads(figures.read_text()) if figures.exists() else {}
+        for name, kl in self.kl.items():
+            # what older files hold is an error over tokens
+            self.figures[name]["mean_kl_error"] = clustered_error(kl)
 
     def add(self, name: str, scores: dict[str, np.ndarray], about: dict[str, Any]) -> None:
         """Take a row in and rewrite the files."""
@@ -56,7 +60,7 @@ class Results:
         self.kl[name] = scores["kl"]
         self.figures[name] = about | {
             "mean_kl": float(kl.mean()),
-            "mean_kl_error": float(kl.std(ddof=1) / len(kl) ** 0.5),
+            "mean_kl_error": clustered_error(kl),
             "median_kl": float(np.median(kl)),
             "p99_kl": float(np.quantile(kl, 0.99)),
             "top1": float(scores["agrees"].mean()),
@@ -151,9 +155,9 @@ def domains(found: Results) -> set[str]:
 
 
 def is_lower(found: Results, row: str, other: str) -> bool:
-    """Whether the mean KL of `row` is lower by more than two paired standard errors."""
+    """Whether the mean KL of `row` is lower by more than two paired standard errors (over windows)."""
     difference = found.kl[other].astype(np.float64) - found.kl[row]
-    return bool(difference.mean() > 2 * difference.std(ddof=1) / len(difference) ** 0.5)
+    return bool(difference.mean() > 2 * clustered_error(difference))
 
 
 def marks(found: Results, whole: bool) -> list[Mark]:

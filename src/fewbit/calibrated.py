@@ -213,11 +213,13 @@ class BlockSolver:
         channel = module.producers(self.source.args, name).to(block.device)
         norm = f"{block.prefix}{producer}.weight"
         if norm in block.vectors:
-            divide = _norm_divider(block.vectors[norm], FLOATS[self.spec(norm)])
-        else:
-            rows = _rows_of(block, f"{block.prefix}{producer}")
-            divide = _rows_divider(rows, channel)
-        return Feed([linear.weight], stats, divide)
+            return Feed(
+                [linear.weight], stats, lambda s: s, _norm_divider(block.vectors[norm], FLOATS[self.spec(norm)])
+            )
+        rows = _rows_of(block, f"{block.prefix}{producer}")
+        bias = f"{block.prefix}{producer}.bias"
+        stored = FLOATS[self.spec(bias)] if bias in block.vectors else torch.float32
+        return Feed([linear.weight], stats, _sharer(channel, len(rows[0])), _rows_divider(rows, channel, stored))
 
     def _tuned(
         self,
@@ -311,14 +313,25 @@ def _rows_of(block: FloatBlock, name: str) -> list[Tensor]:
     raise ValueError(f"{name} is no linear of block {block.index}")
 
 
-def _rows_divider(rows: list[Tensor], channel: Tensor) -> Callable[[Tensor], Tensor]:
-    def divide(s: Tensor) -> Tensor:
+def _sharer(channel: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+    def share(s: Tensor) -> Tensor:
         # channels that one row feeds get their geometric mean
-        total = torch.zeros(len(rows[0]), device=s.device).index_add_(0, channel, s.log())
+        total = torch.zeros(rows, device=s.device).index_add_(0, channel, s.log())
         count = torch.zeros_like(total).index_add_(0, channel, torch.ones_like(s))
-        shared = (total / count.clamp(min=1)).exp()
-        for part in rows:
-            part /= shared[:, None] if part.dim() == 2 else shared
-        return shared[channel]
+        return (total / count.clamp(min=1)).exp()[channel]
+
+    return share
+
+
+def _rows_divider(rows: list[Tensor], channel: Tensor, stored: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def divide(s: Tensor) -> Tensor:
+        by_row = torch.ones(len(rows[0]), device=s.device)
+        by_row[channel] = s
+        weight, *biases = rows
+        weight /= by_row[:, None]
+        for bias in biases:
+            # what runs here is what will be stored
+            bias.copy_((bias / by_row).to(stored))
+        return s
 
     return divide

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fewbit import documents
-from fewbit.documents import SEPARATOR, Document
+from fewbit.documents import BYTE_ORDER_MARK, SEPARATOR, Document
 from fewbit.errors import FewbitError
 from fewbit.tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ class Calibration:
 
     windows  int64 [n, length]
     facts    JSON values: name, windows (n), length, sha256 of the ids as little-endian int64, and whether a chat
-             template wrote some of them (templated)
+             template wrote some of them (templated); for a dataset of the hub also the column they came from (column)
     """
 
     windows: Tensor
@@ -51,10 +51,15 @@ class _Tokens:
     # characters the ids were made of; None where there was no text
     characters: int | None
     templated: bool = False
+    # of a dataset
+    column: str | None = None
 
 
 def read_text(file: Path, most: int | None = None) -> str:
-    """A text file as UTF-8, or its lines within the first `most` bytes; FewbitError where it is something else."""
+    """A text file as UTF-8, without a byte order mark, or its lines within the first `most` bytes.
+
+    Raises FewbitError where it is something else.
+    """
     try:
         with file.open("rb") as opened:
             data = opened.read() if most is None else opened.read(most + 1)
@@ -62,7 +67,7 @@ def read_text(file: Path, most: int | None = None) -> str:
         if cut:
             data = data[: data.rfind(b"\n", 0, most) + 1 or most]
         # what is cut may end within a character, which is left out
-        text = codecs.getincrementaldecoder("utf-8")().decode(data, final=not cut)
+        text = codecs.getincrementaldecoder("utf-8")().decode(data, final=not cut).removeprefix(BYTE_ORDER_MARK)
         # every way to end a line is one, as Python reads texts
         return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as e:
@@ -131,7 +136,8 @@ def collect(
             "length": length,
             "sha256": hashlib.sha256(found.numpy().astype("<i8").tobytes()).hexdigest(),
             "templated": tokens.templated,
-        },
+        }
+        | ({} if tokens.column is None else {"column": tokens.column}),
     )
 
 
@@ -174,22 +180,27 @@ def _existing(chosen: str) -> Path | None:
 
 
 def _joined(name: str, found: Iterable[Document], tokenizer: Tokenizer, needed: int) -> _Tokens:
-    """Documents one after another, with what the model knows as the end of a text between them."""
+    """Documents one after another, with what the model knows as the end of a text between them; blank ones are none."""
     between = separator(tokenizer)
     ids: list[int] = []
-    characters, templated = 0, False
+    characters, templated, column = 0, False, None
     for document in found:
         text = document.text
+        if not text.strip():
+            continue
         if document.messages and tokenizer.chat_template is not None:
             text, templated = rendered(document.messages, tokenizer), True
         characters += len(text)
+        column = document.column
         new = tokenizer.encode(text, bos=False)
+        if not new:
+            continue
         if ids and new[: len(between)] != between:
             ids += between
         ids += new
         if len(ids) >= needed:
             break
-    return _Tokens(name, ids, characters, templated)
+    return _Tokens(name, ids, characters, templated, column)
 
 
 def separator(tokenizer: Tokenizer) -> list[int]:
@@ -234,7 +245,7 @@ def _check_known(tokens: _Tokens, tokenizer: Tokenizer, count: int, length: int)
     if not ids and not tokens.characters:
         raise FewbitError(
             "The calibration text is empty.",
-            f"{tokens.name!r} has no characters.",
+            f"{tokens.name!r} has no text in it.",
             "Give a text of a few thousand words.",
         )
     unknown = _unknown_id(tokenizer)

@@ -5,21 +5,27 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
 from fewbit.errors import FewbitError
 
 SEPARATOR: Final = "<|endoftext|>"
+BYTE_ORDER_MARK: Final = "\ufeff"
 _SEPARATOR_LINE = re.compile(rf"^{re.escape(SEPARATOR)}[ \t]*$", re.MULTILINE)
 _TURN = re.compile(r"^(User|Assistant): ", re.MULTILINE)
 # ShareGPT's names of who speaks
 _ROLES: Final = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.+-]*))?(?::([\w.+\[\]%:-]+))?")
 _SPLITS: Final = frozenset({"train", "test", "validation", "dev"})
+_TURNS: Final = ("messages", "conversations")
+# columns that are a dataset's text by their name, and the rows looked at where none has such a name
+_TEXTS: Final = ("text", "content", "document", "article")
+_LOOKED_AT: Final = 16
 # a hub id never ends like one of these; a path that was mistyped does
 _ENDINGS: Final = (
     ".txt",
@@ -41,11 +47,12 @@ _ENDINGS: Final = (
 @dataclass(frozen=True)
 class Document:
     """One text. `messages` are the turns of a conversation ({"role", "content"}), which a chat model's template writes
-    its own way; empty for anything else.
+    its own way; empty for anything else. `column` of a dataset is where it stood, None elsewhere.
     """
 
     text: str
     messages: tuple[dict[str, Any], ...] = ()
+    column: str | None = None
 
 
 def shipped() -> list[Document]:
@@ -96,7 +103,7 @@ def json_lines(file: Path) -> Iterator[Document]:
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                if line.strip():
+                if line.removeprefix(BYTE_ORDER_MARK.encode() if number == 1 else b"").strip():
                     yield _json_document(file, number, line)
     except OSError as e:
         raise FewbitError(
@@ -106,7 +113,8 @@ def json_lines(file: Path) -> Iterator[Document]:
 
 def _json_document(file: Path, number: int, line: bytes) -> Document:
     try:
-        found = _document(json.loads(line.decode("utf-8")))
+        text = line.decode("utf-8")
+        found = _document(json.loads(text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text))
     except UnicodeDecodeError as e:
         raise _bad_line(file, number, f"byte {e.start:,} of it is {line[e.start]:#04x}, which is not UTF-8") from e
     except (ValueError, RecursionError) as e:
@@ -127,10 +135,14 @@ def _bad_line(file: Path, number: int, reason: str) -> FewbitError:
 def _document(row: Any) -> Document | None:
     if not isinstance(row, Mapping):
         return None
-    for key in ("messages", "conversations"):
-        if isinstance(row.get(key), Sequence) and not isinstance(row[key], str):
-            return _conversation(row[key])
+    key = _turns_column(row)
+    if key is not None:
+        return _conversation(row[key])
     return Document(row["text"]) if isinstance(row.get("text"), str) else None
+
+
+def _turns_column(row: Mapping[str, Any]) -> str | None:
+    return next((k for k in _TURNS if isinstance(row.get(k), Sequence) and not isinstance(row[k], str)), None)
 
 
 def _conversation(found: Sequence[Any]) -> Document | None:
@@ -168,8 +180,10 @@ def hub_id(chosen: str) -> tuple[str, str | None, str] | None:
 
 
 def hub_dataset(chosen: str, name: str, config: str | None, part: str) -> Iterator[Document]:
-    """Documents of a hub dataset, streamed: its messages, its `text`, or its first column of text.
+    """Documents of a hub dataset, streamed: its messages, or one column of text for all rows.
 
+    The column is `text`, `content`, `document` or `article`, whichever comes first and has text in the first row;
+    where none has, the same of the first 16 rows, else the column with most characters in them.
     Raises FewbitError where the `datasets` library is not installed, the dataset can't be had, or holds no text.
     """
     try:
@@ -181,25 +195,49 @@ def hub_dataset(chosen: str, name: str, config: str | None, part: str) -> Iterat
             f"No file lies at that path, so it was taken for a dataset of the hub; {e}.",
             "Run pip install 'fewbit[datasets]', or give the path of a text.",
         ) from e
-    column = None
-    for row in _streamed(datasets, chosen, name, config, part):
-        found = _document(row)
-        if found is None:
-            column = column or _text_column(chosen, row)
-            found = Document(str(row.get(column) or ""))
-        yield found
+    rows, column = _streamed(datasets, chosen, name, config, part), None
+    for row in rows:
+        if column is None and _conversation_in(row) is None:
+            first = [row]
+            if (column := _named_text(first)) is None:
+                first += islice(rows, _LOOKED_AT - 1)
+                column = _named_text(first) or _most_text(chosen, first)
+            yield from (_conversation_in(each) or _text_in(each, column) for each in first)
+        else:
+            yield _conversation_in(row) or _text_in(row, column)
 
 
-def _text_column(chosen: str, row: Mapping[str, Any]) -> str:
-    found = next((key for key, value in row.items() if isinstance(value, str)), None)
-    if found is None:
-        columns = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items())
+def _conversation_in(row: Mapping[str, Any]) -> Document | None:
+    column = _turns_column(row)
+    found = None if column is None else _conversation(row[column])
+    return None if found is None else replace(found, column=column)
+
+
+def _text_in(row: Mapping[str, Any], column: str | None) -> Document:
+    text = None if column is None else row.get(column)
+    return Document(text if isinstance(text, str) else "", column=column)
+
+
+def _named_text(rows: Iterable[Mapping[str, Any]]) -> str | None:
+    """The column that is the text by its name, if any of the rows has something in it."""
+    has = {key for row in rows for key, value in row.items() if isinstance(value, str) and value.strip()}
+    return next((key for name in _TEXTS for key in sorted(has) if key.lower() == name), None)
+
+
+def _most_text(chosen: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The column with most characters in the rows; FewbitError where none has any."""
+    sizes: dict[str, int] = {}
+    for key, value in chain.from_iterable(row.items() for row in rows):
+        if isinstance(value, str):
+            sizes[key] = sizes.get(key, 0) + len(value.strip())
+    if not any(sizes.values()):
+        columns = ", ".join(f"{key} ({type(value).__name__})" for key, value in rows[0].items())
         raise FewbitError(
             f"The dataset {chosen!r} has no text fewbit can find.",
-            f"Its first row has the columns {columns[:300]}.",
+            f"Nothing is written in its columns {columns[:300]}.",
             "Choose a dataset with a column of text or of messages.",
         )
-    return found
+    return max(sizes, key=sizes.__getitem__)
 
 
 def _streamed(datasets: Any, chosen: str, name: str, config: str | None, part: str) -> Iterator[Mapping[str, Any]]:

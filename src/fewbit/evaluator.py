@@ -2,21 +2,23 @@
 
 The protocol is that of llama.cpp's perplexity tool, so that figures compare: consecutive 512-token windows, each run
 alone, predictions at positions 256 to 510 scored. KL(reference || candidate) is in nats a token.
+Errors are over windows, because the tokens of one window are alike.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from fewbit.calibration import read_text
+from fewbit.calibration import BYTES_PER_TOKEN, read_text
 from fewbit.calibration import windows as windows_of
 from fewbit.errors import FewbitError
+from fewbit.quality import DomainQuality, Paired, Quality, figures, paired, standard_error
 from fewbit.reference_cache import ReferenceCache
 from fewbit.runtime.cache import Sequence as CachedSequence
 from fewbit.runtime.engine import LanguageModel, set_threads
@@ -31,74 +33,8 @@ Texts = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 WINDOW = 512
 FIRST_SCORED = WINDOW // 2
 SCORED = WINDOW - 1 - FIRST_SCORED
-
-
-@dataclass(frozen=True)
-class Paired:
-    """A candidate's mean KL minus the first one's on the same tokens, with the standard error of that difference.
-
-    verdict   "lower" or "higher" where the difference is more than two errors, else "not distinguishable"
-    """
-
-    difference: float
-    error: float
-    verdict: str
-
-
-@dataclass(frozen=True)
-class DomainQuality:
-    """The figures of one text alone; units as in `Quality`."""
-
-    name: str
-    mean_kl: float
-    mean_kl_error: float
-    median_kl: float
-    p99_kl: float
-    top1: float
-    top1_error: float
-    perplexity: float
-    perplexity_error: float
-    reference_perplexity: float
-    reference_perplexity_error: float
-    tokens: int
-    paired: Paired | None = None
-
-
-@dataclass(frozen=True)
-class Quality:
-    """A candidate beside the reference. Errors are standard errors of the mean over tokens; KL in nats.
-
-    domains       the same figures for each text
-    worst         the 20 predictions of largest KL, largest first
-    cache_error   what the cached reference may add to or take from the mean KL: the difference of the means on one
-                  window that was run again, and two standard errors of it over all cached windows, as a root of
-                  squares; 0 where no cached reference was used
-    paired        beside the first candidate of the same call; None for the first
-    """
-
-    model: str
-    mean_kl: float
-    mean_kl_error: float
-    median_kl: float
-    p99_kl: float
-    top1: float
-    top1_error: float
-    perplexity: float
-    perplexity_error: float
-    reference_perplexity: float
-    reference_perplexity_error: float
-    tokens: int
-    weight_bytes: int
-    bits_per_weight: float
-    exact: bool
-    domains: tuple[DomainQuality, ...] = ()
-    worst: tuple[WorstToken, ...] = ()
-    cache_error: float = 0.0
-    paired: Paired | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
+# of a text file, this much is read at least
+LEAST_BYTES = 1 << 22
 
 
 def evaluate(
@@ -119,7 +55,8 @@ def evaluate(
     exact    runs the quantized weights with float activations; otherwise the default kernels run
     cache    keeps what the reference predicted on disk, compressed, and uses what an earlier call kept; one window is
              then run again to state the error (`Quality.cache_error`), or to refuse what was kept
-    Raises FewbitError where a text is too short, the models' vocabularies differ, or predictions are not finite.
+    Raises FewbitError where a text is too short, the models' vocabularies or their tokens of a text differ, or
+    predictions are not finite.
     """
     if threads is not None:
         set_threads(threads)
@@ -127,7 +64,7 @@ def evaluate(
     candidates = [open_source(model) for model in ([models] if isinstance(models, str | Path) else models)]
     _check(source, candidates)
     tokenizer = Tokenizer(source.checkpoint.tokenizer())
-    pieces = _pieces(source, tokenizer, named_texts(text), windows)
+    pieces = _pieces(source, candidates, named_texts(text), windows)
     reference = _Reference(source, pieces, ReferenceCache(source) if cache else None, progress)
     # before the candidates are loaded: with a whole cache, the reference and they are never in memory together
     reference.prepare()
@@ -199,6 +136,8 @@ class _Reference:
         self.source, self.cache, self.progress = source, cache, progress
         # windows that the cache has answered
         self.cached = 0
+        # whether a cached window was gone when it came to be used: others may be too
+        self._missed = False
         self._model: LanguageModel | None = None
         # pieces the model must run for
         self._pending = {id(p) for p in pieces if not cache or not cache.has(p.tokens)}
@@ -214,6 +153,9 @@ class _Reference:
         piece, cache = self._checked, self.cache
         if piece is None or cache is None:
             return
+        for each in self._pieces:
+            # what this run writes then pushes out others' windows before its own
+            cache.touch(each.tokens)
         if self.progress:
             self.progress(0, 0, f"checking what is cached of {self.source.name}")
         self._exact, kept = self._run(piece), cache.read(piece.tokens, SCORED)
@@ -236,6 +178,7 @@ class _Reference:
         if self.cache and id(piece) not in self._pending and (found := self.cache.read(piece.tokens, SCORED)):
             self.cached += 1
             return found
+        self._missed |= id(piece) not in self._pending
         exact = self._run(piece)
         self._store(piece, exact)
         self._release()
@@ -253,7 +196,7 @@ class _Reference:
             self.cache.write(piece.tokens, exact, piece.targets)
 
     def _release(self) -> None:
-        if not self._pending:
+        if not self._pending and not self._missed:
             self._model = None
 
 
@@ -284,7 +227,7 @@ class _Candidate:
         if self.differences is None or not windows:
             return 0.0
         # each position's sample was drawn by itself, so its noise falls with the number of windows; a bias would not
-        return math.hypot(float(self.differences.mean()), 2 * _error(self.differences) / windows**0.5)
+        return math.hypot(float(self.differences.mean()), 2 * standard_error(self.differences, SCORED) / windows**0.5)
 
     def quality(self, first: _Candidate, cached: int) -> Quality:
         """The figures of all windows, and beside those of the `first` candidate."""
@@ -293,8 +236,8 @@ class _Candidate:
         whole, size = joined(list(by_text.values())), describe_source(self.model.source)
         domains = []
         for name, scores in by_text.items():
-            beside = None if first is self else _paired(scores.kl - theirs[name].kl)
-            domains.append(DomainQuality(name=name, paired=beside, **_figures(scores)))
+            beside = None if first is self else paired(scores.kl - theirs[name].kl, SCORED)
+            domains.append(DomainQuality(name=name, paired=beside, **figures(scores, SCORED)))
         return Quality(
             model=self.model.name,
             weight_bytes=size.weight_bytes,
@@ -303,21 +246,25 @@ class _Candidate:
             domains=tuple(domains),
             worst=tuple(self.worst.tokens),
             cache_error=self.cache_error(cached),
-            paired=None if first is self else _paired(whole.kl - joined(list(theirs.values())).kl),
-            **_figures(whole),
+            paired=None if first is self else paired(whole.kl - joined(list(theirs.values())).kl, SCORED),
+            **figures(whole, SCORED),
         )
 
 
-def _pieces(source: Source, tokenizer: Tokenizer, texts: dict[str, Path], most: int) -> list[_Piece]:
-    """The windows of all texts, in the reference's tokens."""
+def _pieces(source: Source, candidates: list[Source], texts: dict[str, Path], most: int) -> list[_Piece]:
+    """The windows of all texts, in the reference's tokens; FewbitError where a candidate's are others."""
     if most < 1:
         raise FewbitError("No window to score.", f"Asked for {most}.", "Give --windows 1 or more.")
     if not texts:
         raise FewbitError("There is no text to measure on.", "None was given.", "Give --text FILE.")
+    tokenizer = Tokenizer(source.checkpoint.tokenizer())
+    others = {c.name: Tokenizer(c.checkpoint.tokenizer()) for c in candidates}
+    others = {name: other for name, other in others.items() if other.data.json != tokenizer.data.json}
     found = []
     for name, file in texts.items():
         try:
-            windows = windows_of(read_text(file), tokenizer, WINDOW, most)
+            content = read_text(file, max(BYTES_PER_TOKEN * most * WINDOW, LEAST_BYTES))
+            windows = windows_of(content, tokenizer, WINDOW, most)
         except FewbitError as e:
             raise FewbitError(e.what, f"{file}: {e.facts}", e.next_step) from e
         if int(windows.max()) >= source.args.vocab_size:
@@ -326,8 +273,24 @@ def _pieces(source: Source, tokenizer: Tokenizer, texts: dict[str, Path], most: 
                 f"It gives token {int(windows.max()):,}; the model has {source.args.vocab_size:,}.",
                 "Download the model again.",
             )
+        ids = tokenizer.encode(content, bos=False)[: windows.numel()] if others else []
+        for model, other in others.items():
+            _same_tokens(source.name, ids, model, other.encode(content, bos=False)[: len(ids)], file)
         found += [_Piece(name, i, window) for i, window in enumerate(windows)]
     return found
+
+
+def _same_tokens(reference: str, ids: list[int], model: str, others: list[int], file: Path) -> None:
+    """FewbitError where two tokenizers disagree on a text: a candidate would be fed what it was not made for."""
+    if ids == others:
+        return
+    pairs = enumerate(zip_longest(ids, others))
+    at, (one, two) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    raise FewbitError(
+        f"{model} and {reference} read the text in different tokens.",
+        f"Token {at + 1:,} of {str(file)!r} is {two} and {one}.",
+        "Compare a model with the one it was made from, or give both the same tokenizer.",
+    )
 
 
 def _check(reference: Source, candidates: list[Source]) -> None:
@@ -347,35 +310,3 @@ def _check(reference: Source, candidates: list[Source]) -> None:
                 f"{source.args.vocab_size:,} and {reference.args.vocab_size:,} tokens.",
                 "Compare a model with the one it was made from.",
             )
-
-
-def _figures(scores: Scores) -> dict[str, Any]:
-    """The fields that `Quality` and `DomainQuality` share."""
-    perplexity, reference = float(scores.loss.mean().exp()), float(scores.reference_loss.mean().exp())
-    return {
-        "mean_kl": float(scores.kl.mean()),
-        "mean_kl_error": _error(scores.kl),
-        "median_kl": float(scores.kl.quantile(0.5)),
-        "p99_kl": float(scores.kl.quantile(0.99)),
-        "top1": float(scores.agrees.mean()),
-        "top1_error": _error(scores.agrees),
-        "perplexity": perplexity,
-        "perplexity_error": perplexity * _error(scores.loss),
-        "reference_perplexity": reference,
-        "reference_perplexity_error": reference * _error(scores.reference_loss),
-        "tokens": len(scores.kl),
-    }
-
-
-def _paired(difference: Tensor) -> Paired:
-    """From the difference of two candidates' KL at each token, float64 [n]."""
-    mean, error = float(difference.mean()), _error(difference)
-    verdict = "not distinguishable"
-    if abs(mean) > 2 * error:
-        verdict = "lower" if mean < 0 else "higher"
-    return Paired(mean, error, verdict)
-
-
-def _error(x: Tensor) -> float:
-    """Standard error of the mean; 0 for a single value."""
-    return float(x.std() / len(x) ** 0.5) if len(x) > 1 else 0.0

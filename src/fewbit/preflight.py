@@ -23,6 +23,8 @@ GIB = 2**30
 HESSIAN_COPIES = 7
 # float32 copies of a block's weights: the block, its originals, what is being solved
 BLOCK_COPIES = 3
+# when tuning: levels, gradients, two moments, weights and what autograd keeps of them
+TUNED_COPIES, TUNED_WIDE_COPIES = 14, 12
 # activations of one batch that are alive at once, in units of the widest layer's
 WIDE_COPIES = 6
 
@@ -46,16 +48,20 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def needed(source: Source, hidden: Tensor, with_goals: bool, offload: bool) -> tuple[int, int]:
-    """(bytes of one block's work, bytes of the hidden states kept in memory)."""
+def needed(source: Source, hidden: Tensor, with_goals: bool, offload: bool, tuned: int = 0) -> tuple[int, int]:
+    """(bytes of one block's work, bytes of the hidden states kept in memory); `tuned`: windows of a tuning step."""
     shapes = [w.shape for w in source.weights if w.role == "linear" and w.block == 0]
     weights = sum(out * columns for out, columns in shapes)
     widest = max(max(shape) for shape in shapes)
-    hessians = sum(columns**2 for columns in {s[1] for s in shapes}) + HESSIAN_COPIES * max(c for _, c in shapes) ** 2
+    # three of the narrow width (attention's and the gate's input, the heads' outputs) and one of each other
+    widths = {columns for _, columns in shapes}
+    hessians = sum(c**2 for c in widths) + 2 * min(widths) ** 2 + HESSIAN_COPIES * max(widths) ** 2
     tokens = max(BATCH_TOKENS, hidden.shape[1])
-    work = 4 * (BLOCK_COPIES * weights + hessians + WIDE_COPIES * tokens * widest)
-    state = 0 if offload else 4 * hidden.numel() * (2 if with_goals else 1)
-    return work, state
+    work = BLOCK_COPIES * weights + hessians + WIDE_COPIES * tokens * widest
+    if tuned:
+        work = max(work, TUNED_COPIES * weights + TUNED_WIDE_COPIES * tuned * hidden.shape[1] * widest)
+    state = 0 if offload else hidden.numel() * (2 if with_goals else 1)
+    return 4 * work, 4 * state
 
 
 def check(
@@ -71,7 +77,7 @@ def check(
     offload: bool,
 ) -> Preflight:
     """Runs one batch through block `index` and quantizes its largest layer. FewbitError where memory is short."""
-    work, state = needed(source, hidden, with_goals, offload)
+    work, state = needed(source, hidden, with_goals, offload, getattr(modules[-1], "WINDOWS", 0))
     on_gpu = device.type == "cuda"
     found = Preflight(state + (0 if on_gpu else work), work if on_gpu else 0, 0.0)
     _enough(found, device)

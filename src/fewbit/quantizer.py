@@ -14,6 +14,7 @@ import torch
 
 import fewbit
 from fewbit import store
+from fewbit.blocks import fast_product
 from fewbit.calibration import Calibration
 from fewbit.calibration import collect as collect_windows
 from fewbit.checkpoint._writer import Planned, Writer, quantization_config
@@ -88,6 +89,12 @@ class Options:
     def __post_init__(self) -> None:
         _known("scales", self.scales, ("search", "minmax"))
         _known("prefix", self.prefix, ("quantized", "original"))
+        if self.prefix == "original" and self.drift:
+            raise FewbitError(
+                "--drift has nothing to correct under --prefix original.",
+                "It is the difference between the original's activations and those of the quantized prefix.",
+                "Leave out one of the two.",
+            )
         if self.effort not in range(4):
             raise FewbitError(f"There is no effort {self.effort}.", "Known: 0, 1, 2, 3.", "Use --effort 1.")
         for spec in (self.format, *([] if self.head == "16bit" else [self.head])):
@@ -192,6 +199,7 @@ def _calibration(
 ) -> Calibration | None:
     """The windows a method needs; None for methods that look at weights alone."""
     if not any(m.NEEDS for m in modules):
+        _unused(asked)
         return None
     limit = source.args.max_position_embeddings
     if asked.length > limit:
@@ -220,6 +228,18 @@ def _calibration(
     return found
 
 
+def _unused(asked: Options) -> None:
+    """FewbitError where something was asked for that a method without calibration has no use for."""
+    idle = [name for name in ("calibration", "windows", "drift", "offload") if getattr(asked, name)]
+    idle += ["prefix"] if asked.prefix != "quantized" else []
+    if idle:
+        raise FewbitError(
+            f"The method {asked.resolved} looks at weights alone.",
+            f"It has no use for {', '.join(idle)}.",
+            "Leave that out, or use --method gptq.",
+        )
+
+
 def _facts(source: Source, asked: Options, calibration: Calibration | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """What goes into the files' metadata, and the fingerprint that an unfinished output is known by."""
     facts: dict[str, Any] = {
@@ -239,6 +259,9 @@ def _facts(source: Source, asked: Options, calibration: Calibration | None) -> t
     if calibration and device.type == "cpu":
         # another number of threads sums in another order, and the files would differ in their last bits
         machine["threads"] = str(torch.get_num_threads())
+        machine["instructions"] = f"{torch.backends.cpu.get_cpu_capability()}, {fast_product(source, device)}"
+    elif calibration:
+        machine["card"] = torch.cuda.get_device_name(device)
     return facts, facts | machine | {"source_files": identity(source)}
 
 

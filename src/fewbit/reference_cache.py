@@ -142,6 +142,11 @@ class ReferenceCache:
         """Whether a file of the name is there; `read` decides whether it is any good."""
         return self.path(window).is_file()
 
+    def touch(self, window: Tensor) -> None:
+        """Make a window's file, where there is one, the last to be removed."""
+        with suppress(OSError):
+            os.utime(self.path(window))
+
     def read(self, window: Tensor, positions: int) -> Compressed | None:
         """The predictions at the scored `positions` of a window; None where there are none that can be trusted."""
         file = self.path(window)

@@ -43,7 +43,9 @@ class Source:
         self.config: dict[str, Any] = config
         self.args = self.module.Args.from_config(config)
         self.weights: list[WeightInfo] = self.module.weights(self.args)
+        self._planned = {w.name for w in self.weights}
         self._check()
+        self._check_biases()
 
     @property
     def path(self) -> Path:
@@ -90,9 +92,22 @@ class Source:
                     "Check that config.json belongs to these weights.",
                 )
 
+    def _check_biases(self) -> None:
+        """A bias the config does not speak of is no part of the model, for other engines neither; it must be zero."""
+        for w in self.weights:
+            name = f"{w.name.removesuffix('weight')}bias"
+            if w.role != "linear" or name in self._planned or name not in self._stored:
+                continue
+            if bool((self._read_float(self._stored[name]) != 0).any()):
+                raise FewbitError(
+                    "The checkpoint has biases that its config does not speak of.",
+                    f"The first is {name!r}; attention_bias and mlp_bias of config.json say which layers have them.",
+                    "Correct config.json, or check that it belongs to these weights.",
+                )
+
     def has(self, name: str) -> bool:
-        """Whether the checkpoint holds the tensor."""
-        return name in self._stored
+        """Whether the model has the tensor: the architecture's list says so, and opening checked that it is there."""
+        return name in self._planned
 
     def spec(self, name: str) -> str:
         """Format spec of a tensor, from the header."""

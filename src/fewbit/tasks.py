@@ -99,10 +99,12 @@ class Scorer:
         for request in requests:
             context, said = request.args
             tokens = next((int(said[key]) for key in LENGTHS if said.get(key) is not None), ANSWER_TOKENS)
-            tokens = max(1, min(tokens, self.model.context - 1))
+            ids = self.tokenizer.encode(context) or [self._first_token()]
+            room = self.model.context
+            # an answer may be long, but not at the cost of the question: that keeps three quarters
+            tokens = max(1, min(tokens, max(room - len(ids), min(tokens, room // 4))))
             # the end of a context that is too long is nearer to the question
-            ids = (self.tokenizer.encode(context) or [self._first_token()])[-(self.model.context - tokens) :]
-            asked.append((ids, tokens, said))
+            asked.append((ids[-max(1, room - tokens) :], tokens, said))
         answers = [""] * len(asked)
         for done, i in enumerate(sorted(range(len(asked)), key=lambda i: asked[i][0])):
             ids, tokens, said = asked[i]
@@ -116,10 +118,20 @@ class Scorer:
         """Tokens of both together, and how many of the last are the continuation's, with the spaces before it."""
         before = context.rstrip()
         if not before:
-            scored = self.tokenizer.encode(context + continuation, bos=False)
-            return [self._first_token(), *scored], len(scored)
-        whole = self.tokenizer.encode(context + continuation)
-        return whole, max(0, len(whole) - len(self.tokenizer.encode(before)))
+            whole = self.tokenizer.encode(context + continuation, bos=False)
+            count = len(whole)
+        else:
+            whole = self.tokenizer.encode(context + continuation)
+            # a continuation that merges with what stands before it is scored with that token
+            count = max(1 if continuation else 0, len(whole) - len(self.tokenizer.encode(before)))
+        if continuation and not whole:
+            raise FewbitError(
+                "A continuation has no tokens.",
+                f"The tokenizer gives none for {(context + continuation)[:80]!r}.",
+                "Choose other tasks: this model can't read their answers.",
+            )
+        # the first that is scored needs one before it
+        return (whole if count < len(whole) else [self._first_token(), *whole]), count
 
     def _first_token(self) -> int:
         if self.prefix is None:
@@ -145,7 +157,7 @@ class Scorer:
                 )
             # the last token is only predicted; what is too long loses its beginning
             inputs = ids[-(self.model.context + 1) : -1]
-            if count and inputs:
+            if count:
                 count = min(count, len(inputs))
                 # answers of one token differ in their target alone
                 if (inputs, count) != latest:

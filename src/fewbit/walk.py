@@ -7,10 +7,11 @@ were written, so a run that was stopped takes up the very same numbers by runnin
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -68,7 +69,9 @@ class Log:
 def device_of(name: str) -> torch.device:
     """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:1`; FewbitError where it is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = "cuda:0"
     try:
         device = torch.device(name)
     except RuntimeError as e:
@@ -84,11 +87,12 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def identity(source: Source) -> list[list[Any]]:
-    """Name, size and time of every file of the source: a changed model is another model."""
+def identity(source: Source) -> dict[str, str]:
+    """Size and time of each file of the source by its name: a changed model is another model."""
     path = source.path
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    kinds = (".safetensors", ".json", ".jinja", ".gguf")
+    files = sorted(p for p in path.iterdir() if p.suffix in kinds) if path.is_dir() else [path]
+    return {p.name: f"{p.stat().st_size} bytes of {p.stat().st_mtime_ns}" for p in files}
 
 
 class Walk:
@@ -179,8 +183,10 @@ class Walk:
                 if reference is not None:
                     propagate(self._float_block(index, length), reference)
             else:
-                check_finite(self.source, self.units[unit])
                 if not checked:
+                    # now, not after an hour; this also reads the whole source once
+                    for planned in self.units.values():
+                        check_finite(self.source, planned)
                     self._preflight(index, hidden, len(blocks) - index, reference is not None)
                     checked = True
                 self._block(solver, unit, index, hidden, reference)
@@ -204,9 +210,11 @@ class Walk:
 
         with torch.no_grad():
             solved = solver.solve(block, stats, hidden, goals, report)
-        self._write(unit, solved)
+        # before the commit: a line may be there twice after a kill, but never lack
         for line in solved.lines:
             self.log.write(line)
+        self._write(unit, solved)
+        for line in solved.lines:
             better = f"{line.error / line.rtn_error:.2f} of round to nearest's" if line.rtn_error else "exact"
             self._report(f"{place}: {line.name} error {line.error:.2e}, {better}", weights)
 
@@ -224,7 +232,8 @@ class Walk:
         if self.settings.offload:
             file = self.writer.folder / name
             with file.open("wb") as opened:
-                opened.truncate(4 * torch.Size(shape).numel())
+                # a full disk is an error here; writing to a mapping without blocks behind it would kill the process
+                os.posix_fallocate(opened.fileno(), 0, 4 * torch.Size(shape).numel())
             held = torch.from_file(str(file), shared=True, size=torch.Size(shape).numel(), dtype=torch.float32)
             # the mapping keeps it alive; nothing of it stays behind whatever happens
             file.unlink()
@@ -256,19 +265,24 @@ class Walk:
 def check_finite(source: Source, planned: list[Planned]) -> None:
     """FewbitError where a tensor of a unit holds NaN or infinity."""
     for p in planned:
-        w = parse(source.spec(p.name)).dequantize(source.read(p.name))
-        if not torch.isfinite(w.sum()):
-            _name_the_broken(p, w, None)
+        for rows in _slices(p):
+            w = parse(source.spec(p.name)).dequantize(source.read(p.name, rows))
+            if not torch.isfinite(w.sum()):
+                _name_the_broken(p, w, rows)
+
+
+def _slices(planned: Planned) -> list[tuple[int, int] | None]:
+    """Rows [start, stop) of a matrix, about SLICE_WEIGHTS weights at a time; None: all of a vector."""
+    if len(planned.shape) < 2:
+        return [None]
+    rows = max(32, SLICE_WEIGHTS // planned.shape[1] // 32 * 32)
+    return [(i, min(i + rows, planned.shape[0])) for i in range(0, planned.shape[0], rows)]
 
 
 def quantized(source: Source, planned: Planned, method: ModuleType, target: Target) -> Iterator[QTensor]:
     """A tensor's slices of rows, quantized or cast."""
     fmt = parse(planned.spec)
-    slices: list[tuple[int, int] | None] = [None]
-    if len(planned.shape) > 1:
-        rows = max(32, SLICE_WEIGHTS // planned.shape[1] // 32 * 32)
-        slices = [(i, min(i + rows, planned.shape[0])) for i in range(0, planned.shape[0], rows)]
-    for part in slices:
+    for part in _slices(planned):
         q = source.read(planned.name, part)
         w = parse(q.spec).dequantize(q)
         if planned.spec in FLOATS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
 import random
 from pathlib import Path
@@ -14,6 +16,8 @@ import torch
 import fewbit
 from fewbit.errors import FewbitError
 from fewbit.evaluator import Quality
+from fewbit.quality import paired as paired_of
+from fewbit.quality import standard_error
 from fewbit.runtime.cache import Sequence
 from fewbit.runtime.engine import LanguageModel
 from fewbit.scoring import Prediction, score
@@ -50,7 +54,61 @@ def test_figures_equal_a_loop_over_transformers(tiny_folder: Path, tmp_path: Pat
     assert found.median_kl == pytest.approx(sorted(kl)[254] / 2 + sorted(kl)[255] / 2, rel=1e-2)
     assert found.top1 == pytest.approx(sum(agree) / 510, abs=3 / 510)
     assert found.perplexity == pytest.approx(math.exp(sum(loss) / 510), rel=1e-3)
-    assert found.mean_kl_error == pytest.approx(float(torch.tensor(kl).std()) / 510**0.5, rel=1e-2)
+    # windows are what is independent, so one error is that of their two sums
+    assert found.mean_kl_error == pytest.approx(clustered(np.array(kl)), rel=1e-2)
+    assert found.top1_error == pytest.approx(clustered(np.array(agree)), rel=0.2)
+    assert found.perplexity_error == pytest.approx(found.perplexity * clustered(np.array(loss)), rel=2e-2)
+    (domain,) = found.domains
+    assert (domain.mean_kl_error, domain.top1_error) == (found.mean_kl_error, found.top1_error)
+
+
+def clustered(x: np.ndarray[Any, Any], size: int = 255) -> float:
+    """The error of a mean over windows, as a loop."""
+    groups, total = len(x) // size, 0.0
+    for g in range(groups):
+        total += sum(float(v - x.mean()) for v in x[g * size : (g + 1) * size]) ** 2
+    return math.sqrt(groups / (groups - 1) * total) / len(x)
+
+
+def test_errors_hold_where_the_tokens_of_a_window_are_alike() -> None:
+    """Of many samples, the error that each states is the spread of their means."""
+    random = np.random.default_rng(0)
+    samples = random.normal(size=(400, 40, 1)) + random.normal(size=(400, 40, 255))
+    stated = [standard_error(torch.from_numpy(s.reshape(-1)), 255) for s in samples]
+    spread = samples.mean((1, 2)).std(ddof=1)
+    assert np.mean(stated) == pytest.approx(spread, rel=0.1)
+    iid = samples.reshape(400, -1).std(1, ddof=1).mean() / samples[0].size ** 0.5
+    assert iid < spread / 5
+    assert stated[0] == pytest.approx(clustered(samples[0].reshape(-1)))
+
+
+def test_a_single_window_has_the_error_over_its_tokens() -> None:
+    x = torch.randn(255, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert standard_error(x, 255) == pytest.approx(float(x.std()) / 255**0.5)
+    assert standard_error(x[:1], 255) == 0
+
+
+def test_the_benchmarks_state_the_same_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    peers, quality = (importlib.import_module(name) for name in ("peers", "quality"))
+    random = np.random.default_rng(1)
+    kl = (random.random((6, 1)) + random.random((6, 255))).astype(np.float32).reshape(-1)
+    scores = {name: kl for name in ("kl", "agrees", "loss", "reference_loss")}
+    truth = standard_error(torch.from_numpy(kl).double(), 255)
+    assert peers.figures(scores)["mean_kl_error"] == pytest.approx(truth)
+    found = quality.Results(tmp_path / "q.npz")
+    found.add("int4g64/rtn", scores, {})
+    assert found.figures["int4g64/rtn"]["mean_kl_error"] == pytest.approx(truth)
+    # what an older file states is not believed
+    (tmp_path / "q.json").write_text((tmp_path / "q.json").read_text().replace("mean_kl_error", "other"))
+    assert quality.Results(tmp_path / "q.npz").figures["int4g64/rtn"]["mean_kl_error"] == pytest.approx(truth)
+    # one window that is lower by much, five that are not: clear token by token, not window by window
+    found.kl["a"] = np.zeros(6 * 255, np.float32)
+    found.kl["b"] = np.repeat(np.float32([1.0, 0.01, -0.01, 0.02, -0.02, 0.0]), 255)
+    assert found.kl["b"].mean() > 2 * found.kl["b"].std(ddof=1) / len(kl) ** 0.5
+    assert not quality.is_lower(found, "a", "b")
+    found.kl["b"] = np.repeat(np.float32([1.0, 0.9, 1.1, 1.0, 0.8, 1.2]), 255)
+    assert quality.is_lower(found, "a", "b")
 
 
 def test_a_model_against_itself_loses_nothing(tiny_folder: Path, text: Path) -> None:
@@ -101,6 +159,38 @@ def test_wrong_input_is_said(tiny_folder: Path, tmp_path: Path, text: Path) -> N
             fewbit.evaluate(*args)
     with pytest.raises(FewbitError, match="window"):
         fewbit.evaluate(tiny_folder, tiny_folder, text, windows=0)
+
+
+def test_tokenizers_that_differ_are_said(tiny_folder: Path, tmp_path: Path, text: Path) -> None:
+    """Of the same vocabulary size, so that nothing else would show it."""
+    other = write_folder(tmp_path / "other")
+    settings = json.loads((other / "tokenizer.json").read_text())
+    vocab = settings["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(settings))
+    at = min(TEXT.index("a"), TEXT.index("b"))
+    with pytest.raises(FewbitError, match="in different tokens") as failed:
+        fewbit.evaluate([tiny_folder, other], tiny_folder, text)
+    ids = [vocab["b"], vocab["a"]]
+    pair = ids if TEXT[at] == "a" else ids[::-1]
+    assert failed.value.facts == f"Token {at + 1} of {str(text)!r} is {pair[1]} and {pair[0]}."
+    # a tokenizer that is written otherwise and reads the same is the same
+    (other / "tokenizer.json").write_text(json.dumps(json.loads((tiny_folder / "tokenizer.json").read_text()), indent=2))
+    (found,) = fewbit.evaluate(other, tiny_folder, text, windows=1, exact=True)
+    assert found.mean_kl == 0
+
+
+def test_only_the_beginning_of_a_long_text_is_read(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / "long.txt"
+    # what is not read can't be refused
+    long.write_bytes(TEXT.encode() * 60 + b"\xff")
+    with pytest.raises(FewbitError, match="UTF-8"):
+        fewbit.evaluate(tiny_folder, tiny_folder, long, windows=1)
+    monkeypatch.setattr("fewbit.evaluator.LEAST_BYTES", 1000)
+    (found,) = fewbit.evaluate(tiny_folder, tiny_folder, long, windows=2)
+    assert found.tokens == 510
 
 
 # One window
@@ -186,7 +276,7 @@ def test_domains_add_up(measured: list[Quality], by_hand: dict[str, dict[str, to
             assert domain.p99_kl == pytest.approx(float(slow.quantile(0.99)), rel=1e-4)
 
 
-def test_the_paired_error_is_numpy_s(measured: list[Quality], by_hand: dict[str, dict[str, torch.Tensor]]) -> None:
+def test_the_paired_error_is_that_over_windows(measured: list[Quality], by_hand: dict[str, dict[str, torch.Tensor]]) -> None:
     first, *others = measured
     assert first.paired is None
     assert all(domain.paired is None for domain in first.domains)
@@ -195,7 +285,7 @@ def test_the_paired_error_is_numpy_s(measured: list[Quality], by_hand: dict[str,
         difference = kl[Path(quality.model).name] - kl["int4g32"]
         assert quality.paired is not None
         assert quality.paired.difference == pytest.approx(difference.mean(), rel=1e-5)
-        assert quality.paired.error == pytest.approx(difference.std(ddof=1) / len(difference) ** 0.5, rel=1e-4)
+        assert quality.paired.error == pytest.approx(clustered(difference), rel=1e-4)
         assert quality.paired.verdict == word
         assert [d.paired.verdict for d in quality.domains if d.paired] == [word, word]
 
@@ -205,12 +295,10 @@ def test_two_of_the_same_are_not_told_apart(tiny_folder: Path, tmp_path: Path, t
     _, second = fewbit.evaluate([tmp_path / "q"] * 2, tiny_folder, text, windows=1)
     assert second.paired is not None
     assert (second.paired.difference, second.paired.verdict) == (0, "not distinguishable")
-    from fewbit.evaluator import _paired
-
     noise = torch.tensor([1.0, -1.0] * 50, dtype=torch.float64)
     # the error of such a mean is 0.1005
     for shift, verdict in ((0.19, "not distinguishable"), (0.21, "higher"), (-0.21, "lower")):
-        assert _paired(noise + shift).verdict == verdict
+        assert paired_of(noise + shift, 100).verdict == verdict
 
 
 def test_the_worst_tokens_are_those_of_a_sort(

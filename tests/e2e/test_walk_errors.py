@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -65,15 +64,16 @@ def fails(model: Path, out: Path, units: list[str], **options: Any) -> FewbitErr
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("method", ["gptq", "awq+gptq", "tuned"])
-def test_broken_weights_are_named_and_earlier_blocks_kept(tmp_path: Path, value: float, method: str) -> None:
+def test_broken_weights_are_named_before_the_first_block(tmp_path: Path, value: float, method: str) -> None:
     weights = random_weights(CONFIG)
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
     folder = write_folder(tmp_path / "m", weights)
-    error = fails(folder, tmp_path / "q", ["embedding", "block 0"], method=method)
+    # all that is left is looked at before the first block: the error comes now, not after an hour
+    error = fails(folder, tmp_path / "q", ["embedding"], method=method)
     assert "model.layers.1.mlp.up_proj.weight" in error.what
     assert "[3, 5]" in error.facts
     # what failed fails again in the same words, and goes on from there
-    assert str(fails(folder, tmp_path / "q", ["embedding", "block 0"], method=method)) == str(error)
+    assert str(fails(folder, tmp_path / "q", ["embedding"], method=method)) == str(error)
 
 
 def test_a_broken_embedding_is_named(tmp_path: Path) -> None:
@@ -147,7 +147,6 @@ def test_windows_longer_than_the_context(tiny_folder: Path, tmp_path: Path) -> N
     assert "1,025" in error.what
     assert "1,024" in error.facts
     assert "--length 512" in error.next_step
-    fewbit.quantize(tiny_folder, tmp_path / "rtn", **SMALL | {"method": "rtn", "length": 1025})
 
 
 # Options
@@ -165,6 +164,8 @@ def test_windows_longer_than_the_context(tiny_folder: Path, tmp_path: Path) -> N
         ({"effort": 7}, "effort 7"),
         ({"effort": -1}, "effort -1"),
         ({"prefix": "both"}, "prefix"),
+        ({"prefix": "original", "drift": True}, "--drift"),
+        ({"method": "rtn"}, "rtn looks at weights alone"),
         ({"scales": "best"}, "scales"),
         ({"windows": 0}, "windows"),
         ({"length": 0}, "length"),
@@ -179,10 +180,10 @@ def test_options_that_are_not(tiny_folder: Path, tmp_path: Path, options: dict[s
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:1"])
 def test_a_gpu_that_is_not_there(tiny_folder: Path, tmp_path: Path, device: str) -> None:
     error = fails(tiny_folder, tmp_path / "q", [], device=device)
-    assert repr(device) in error.what
+    assert device in error.what
     assert "--device cpu" in error.next_step
 
 
@@ -273,7 +274,10 @@ def test_a_limit_of_the_system_on_files(tiny_folder: Path, tmp_path: Path) -> No
     argv = ["quantize", str(tiny_folder), "-o", str(tmp_path / "q"), "--method", "gptq", "--format", "int4g32"]
     argv += ["--windows", "8", "--length", "32", "--device", "cpu"]
     done = subprocess.run(
-        [sys.executable, "-c", start, *argv], preexec_fn=limited, capture_output=True, text=True  # noqa: PLW1509
+        [sys.executable, "-c", start, *argv],
+        preexec_fn=limited,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1
     what, facts, step = done.stderr.splitlines()[-3:]
@@ -325,10 +329,10 @@ def test_other_failures_say_what_is_kept_too(
 
 def test_a_source_that_can_not_be_written_is_enough(tiny_folder: Path, tmp_path: Path) -> None:
     before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in tiny_folder.iterdir()}
-    os.chmod(tiny_folder, 0o555)  # noqa: PTH101
+    tiny_folder.chmod(0o555)
     try:
         fewbit.quantize(tiny_folder, tmp_path / "q", **SMALL | {"offload": True})
     finally:
-        os.chmod(tiny_folder, 0o755)  # noqa: PTH101
+        tiny_folder.chmod(0o755)
     assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in tiny_folder.iterdir()} == before
     assert load_file(tmp_path / "q" / "model.safetensors")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -153,6 +154,10 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with self.file:
-            if kind is None:
+        if kind is None:
+            with self.file:
                 self.finish()
+            return
+        # what could not be written must not hide why
+        with suppress(OSError):
+            self.file.close()

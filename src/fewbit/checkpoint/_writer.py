@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -115,7 +118,6 @@ class Writer:
         specs = {t.name: t.spec for t in tensors if isinstance(t.format, IntegerFormat)}
         self.facts = facts | {"specs": specs}
         self.fingerprint, self.restart = fingerprint or {}, restart
-        self.partial: Path | None = None
         self.journal: Journal | None = None
         self.home: dict[str, ShardWriter] = {}
         self.stack = ExitStack()
@@ -138,23 +140,21 @@ class Writer:
     @property
     def folder(self) -> Path:
         """The folder while it is written; only inside the `with` block."""
-        if self.partial is None:
+        if self.journal is None:
             raise ValueError("a Writer writes only inside its `with` block")
-        return self.partial
+        return self.journal.folder
 
     def __enter__(self) -> Writer:
         self._check_place()
-        kept = self._kept_units()
         try:
-            if kept is None:
+            self.journal = self._kept()
+            if self.journal is None:
                 self._check_space()
                 self._begin()
             else:
-                self.partial = self.unfinished
-                self.journal = Journal(self.partial, self.fingerprint, kept)
-                self._open_shards(self.partial, resume=True)
+                self._open_shards(self.unfinished, resume=True)
         except BaseException:
-            self._leave()
+            self._leave(*sys.exc_info())
             raise
         return self
 
@@ -162,39 +162,41 @@ class Writer:
         journal.sweep(f".{glob.escape(self.out.name)}.*.new", self.out.parent)
         # made under a name nobody can guess and renamed: what lies under the final name is whole and ours
         fresh = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", suffix=".new", dir=self.out.parent))
-        self.partial = fresh
-        self.journal = Journal(fresh, self.fingerprint, [])
+        self.journal = Journal.begin(fresh, self.fingerprint)
         self._open_shards(fresh, resume=False)
-        self.journal.save()
-        fresh.rename(self.unfinished)
-        self.partial = self.journal.folder = self.unfinished
+        try:
+            self.journal.rename(self.unfinished)
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise journal.busy(self.unfinished) from e
 
-    def _kept_units(self) -> list[str] | None:
-        """What an unfinished output of this run has; None where there is none."""
+    def _kept(self) -> Journal | None:
+        """The journal of an unfinished output of this run; None where there is none."""
         place = self.unfinished
         if not place.exists() and not place.is_symlink():
             return None
-        found = journal.read(place)
+        found = Journal.reopen(place)
         if found is None:
             raise FewbitError(
                 f"{str(place)!r} is in the way.",
                 "It is no unfinished output of fewbit's that belongs to this user.",
-                "Remove it, or choose another output.",
+                f"Remove it (rm -r {shlex.quote(str(place))}), or choose another output.",
             )
-        # held while it is judged: it may be somebody's work right now
-        Journal(place, found[0], found[1]).close()
         if self.restart:
-            shutil.rmtree(place)
+            found.discard()
             return None
-        if changed := journal.differences(found[0], self.fingerprint):
+        if changed := journal.differences(found.fingerprint, self.fingerprint):
+            found.close()
             raise FewbitError(
                 f"An unfinished output of another run lies at {str(place)!r}.",
                 "; ".join(changed) + ".",
                 "Run the command as before to go on with it, add --restart to begin anew, or choose another output.",
             )
-        return found[1]
+        return found
 
     def _check_absent(self) -> None:
+        journal.tidy(self.out)
         if self.out.exists() or self.out.is_symlink():
             raise FewbitError(
                 f"The output {str(self.out)!r} exists already.",
@@ -269,29 +271,38 @@ class Writer:
         """A text or JSON file beside the weights."""
         if not isinstance(content, str):
             content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (self.folder / name).write_text(content, encoding="utf-8")
+        with (self.folder / name).open("w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
-            self.stack.__exit__(kind, error, at)
-            if kind is None and self.partial is not None and self.journal is not None:
+            if kind is None and self.journal is not None:
+                self.stack.close()
                 # another process may have been faster
                 self._check_absent()
+                self.folder.chmod(0o755)
+                # named first, tidied after: a kill in between costs nothing
+                self.journal.rename(self.out)
                 self.journal.remove()
-                self.partial.chmod(0o755)
-                self.partial.rename(self.out)
-                self.partial = None
+                self.journal = None
+        except BaseException:
+            kind, error, at = sys.exc_info()
+            raise
         finally:
-            self._leave()
+            self._leave(kind, error, at)
 
-    def _leave(self) -> None:
+    def _leave(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Close everything; without a committed unit nothing stays."""
-        self.stack.close()
-        if self.journal is not None:
-            self.journal.close()
-        if self.partial is not None and not self.done:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial = None
+        try:
+            self.stack.__exit__(kind, error, at)
+        finally:
+            if self.journal is not None and not self.done:
+                self.journal.discard()
+            elif self.journal is not None:
+                self.journal.close()
+            self.journal = None
 
 
 def _bytes(layout: Layout) -> int:

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import regex
 import torch
 from torch import Tensor
 
 from fewbit.checkpoint import Checkpoint, TokenizerData
 from fewbit.checkpoint._folder import read_json, tokenizer_data, weight_files
-from fewbit.checkpoint._foreign import scattered
+from fewbit.checkpoint._foreign import scattered, unreadable
 from fewbit.checkpoint._safetensors import Shards
+from fewbit.checkpoint._schemes import Schemes
 from fewbit.checkpoint._writer import SPELLING
 from fewbit.checkpoint.huggingface import SPECS
 from fewbit.config_values import shown
@@ -31,9 +30,6 @@ from fewbit.formats import Format, Layout, parse
 from fewbit.formats.integer import IntegerFormat
 from fewbit.qtensor import QTensor
 
-# patterns are matched against every packed tensor's name
-MAX_TARGETS = 64
-MAX_PATTERN, PATTERN_SECONDS = 512, 0.5
 METHODS = ("compressed-tensors", "fewbit")
 
 
@@ -62,11 +58,11 @@ class CompressedTensors(Checkpoint):
             elif stored == name:
                 # a dtype no weight has stays empty until somebody asks for the tensor
                 self._specs[name] = SPECS.get(self.shards.dtype(stored), "")
-        groups = _groups(self.config)
+        schemes = Schemes(self.config["quantization_config"])
         noted = self._facts.get("specs")
         for name in self._specs:
             if f"{name}_packed" in self.shards:
-                found = noted.get(name) if isinstance(noted, dict) else _foreign_spec(groups, name)
+                found = noted.get(name) if isinstance(noted, dict) else _foreign_spec(schemes, name)
                 self._specs[name] = self._integer_spec(name, found)
 
     def _integer_spec(self, name: str, found: Any) -> str:
@@ -137,7 +133,7 @@ class CompressedTensors(Checkpoint):
             raise _wrong_shape(name, f"g_idx is {self.shards.dtype(stored)} {self.shards.shape(stored)}")
         order = self.shards.read(stored)
         # what was never set is all -1, and means neighbours
-        return None if bool((order == -1).any()) else scattered(name, order, groups, fmt.span(columns))
+        return None if bool((order == -1).all()) else scattered(name, order, groups, fmt.span(columns))
 
     def tokenizer(self) -> TokenizerData:
         return tokenizer_data(self.path)
@@ -175,69 +171,11 @@ def _wrong_shape(name: str, facts: str) -> FewbitError:
     )
 
 
-@dataclass(frozen=True)
-class _Group:
-    """A config group: which modules it is for, and their spec (None where fewbit does not know the scheme)."""
-
-    targets: tuple[str, ...]
-    spec: str | None
-
-
-def _groups(config: dict[str, Any]) -> list[_Group]:
-    """The config groups, checked; FewbitError names what is odd about one."""
-    found = config["quantization_config"].get("config_groups")
-    if found is None:
-        return []
-    if not isinstance(found, dict) or len(found) > MAX_TARGETS:
-        raise _odd_group("config_groups", found, f"an object of at most {MAX_TARGETS} groups")
-    groups = []
-    for label, group in found.items():
-        if not isinstance(group, dict):
-            raise _odd_group(label, group, "an object")
-        targets, scheme = group.get("targets") or [], group.get("weights") or {}
-        if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets) or len(targets) > MAX_TARGETS:
-            raise _odd_group(f"{label}.targets", targets, f"a list of at most {MAX_TARGETS} names")
-        if not isinstance(scheme, dict):
-            raise _odd_group(f"{label}.weights", scheme, "an object")
-        groups.append(_Group(tuple(targets), _scheme_spec(scheme)))
-    return groups
-
-
-def _odd_group(label: str, found: Any, wanted: str) -> FewbitError:
-    return FewbitError(
-        "The quantization_config of config.json is broken.",
-        f"{label[:80]}: found {shown(found)} where {wanted} belongs.",
-        "Download or copy config.json again.",
-    )
-
-
-def _scheme_spec(w: dict[str, Any]) -> str | None:
-    bits, size, strategy = w.get("num_bits"), w.get("group_size"), w.get("strategy")
-    if w.get("type") != "int" or bits not in (2, 4, 8) or isinstance(bits, float):
-        return None
-    ending = "" if w.get("symmetric") else "a"
-    if strategy == "channel":
-        return f"int{bits}{ending}" if size is None or size == -1 else None
-    if strategy != "group" or isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 10**7:
-        return None
-    return f"int{bits}g{size}{ending}"
-
-
-def _foreign_spec(groups: list[_Group], name: str) -> str | None:
-    """Spec of a matrix by the scheme of its config group; None where no group has it or the scheme is unknown."""
-    module = name.removesuffix(".weight")
-    return next((group.spec for group in groups if any(_is_meant(t, module) for t in group.targets)), None)
-
-
-def _is_meant(target: str, module: str) -> bool:
-    if not target.startswith("re:"):
-        return target in ("Linear", module)
-    try:
-        # not `re`: the pattern comes with the file, and some take exponential time
-        return regex.match(target[3:MAX_PATTERN], module[:MAX_PATTERN], timeout=PATTERN_SECONDS) is not None
-    except (regex.error, TimeoutError, RecursionError) as error:
-        raise FewbitError(
-            "A pattern in config.json's quantization_config can't be read.",
-            f"{shown(target)}: {error}.",
-            "Write the modules' names, or a plain pattern such as 're:.*self_attn.*', into targets.",
-        ) from error
+def _foreign_spec(schemes: Schemes, name: str) -> str | None:
+    """Spec of a matrix by the scheme of its config group, None where no group is for it; FewbitError for a scheme that
+    is not known.
+    """
+    scheme = schemes.find(name)
+    if scheme is not None and scheme.spec is None:
+        raise unreadable(f"{shown(name)} is packed by a scheme that is not known: {scheme.said}")
+    return None if scheme is None else scheme.spec

@@ -50,8 +50,11 @@ def explain(error: BaseException, command: str, seconds: float) -> Failure | Non
 
 
 def _is_torch_out_of_memory(error: BaseException) -> bool:
-    # PyTorch's CPU allocator raises a bare RuntimeError.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    # PyTorch's CPU allocator raises a bare RuntimeError, its GPU allocator a class of its own, known by name here:
+    # torch may not even be loaded
+    if not isinstance(error, RuntimeError):
+        return False
+    return "DefaultCPUAllocator" in str(error) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _out_of_memory(error: BaseException) -> FewbitError:
@@ -62,7 +65,7 @@ def _out_of_memory(error: BaseException) -> FewbitError:
     return FewbitError(
         "There is not enough memory.",
         f"The machine has {total:.1f} GiB, {free:.1f} GiB of it free now{asked}.",
-        "Close other programs, give a smaller --context where the command has it, or take a smaller model.",
+        "Close other programs, take a smaller model, or lower what the command has of --context and --windows.",
     )
 
 

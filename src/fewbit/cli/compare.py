@@ -31,7 +31,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     # usage errors come before the table
-    task_names(args)
+    task_names(args, "compare")
     named_files(args.text or [])
     from fewbit.origin import origin
     from fewbit.source import describe_source, open_source

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fewbit.cli._failures import UsageError
+from fewbit.cli._failures import UsageError, explain
 from fewbit.cli._parser import Parser, count
 from fewbit.cli._terminal import Column, note, print_json, print_table, progress, write
 from fewbit.errors import FewbitError
@@ -59,10 +62,11 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace, *, exact: bool, origins: Sequence[dict[str, str]] = ()) -> int:
     """Measure, print, write the report. `origins` go beside the models of the JSON."""
+    started = time.monotonic()
     tasks = task_names(args)
     texts = named_files(args.text or [])
     if args.report:
-        from fewbit.report import check_report, write_report
+        from fewbit.report import check_report
 
         check_report(args.report)
     if tasks:
@@ -71,35 +75,75 @@ def measure(args: argparse.Namespace, *, exact: bool, origins: Sequence[dict[str
         check_tasks()
     found: list[Quality] = []
     answers: Tasks = {}
+    try:
+        _measure(args, texts, tasks, exact, found, answers)
+    except (Exception, KeyboardInterrupt) as error:
+        # what took hours to measure is not lost with what failed after it
+        if not args.json or not (found or answers):
+            raise
+        failure = explain(error, shlex.join(["fewbit", *sys.argv[1:]]), time.monotonic() - started)
+        said = failure.error.to_dict() if failure else {"what": repr(error)}
+        print_json(_result(args, texts, found, answers, origins) | {"error": said})
+        if failure is None:
+            raise
+        # one document: raising would print another
+        note(f"error: {failure.error}")
+        return failure.exit_code
+    if args.json:
+        print_json(_result(args, texts, found, answers, origins))
+    return 0
+
+
+def _measure(
+    args: argparse.Namespace,
+    texts: dict[str, Path],
+    tasks: list[str],
+    exact: bool,
+    found: list[Quality],
+    answers: Tasks,
+) -> None:
+    """Fill `found` and `answers`, and print their tables as soon as they are known."""
     if texts:
         with progress() as report:
-            found = _evaluate(args, texts, exact, report)
+            found += _evaluate(args, texts, exact, report)
         # what is known is shown: tasks may take hours more, or fail
         if not args.json:
             print_quality(args.against, found)
         if args.report:
+            from fewbit.report import write_report
+
             write_report(args.report, args.against, found)
             note(f"report: {args.report}")
     if tasks:
-        with progress() as report:
-            answers = _run_tasks(args, tasks, exact, report)
-        if not args.json:
-            print_tasks(answers, apart=bool(found))
-    if args.json:
-        models = [q.to_dict() for q in found] or [{"model": model} for model in args.model]
-        for model, origin in zip(models, origins, strict=False):
-            model["origin"] = origin
-        files = [str(file) for file in texts.values()]
-        text = files[0] if len(files) == 1 else files
-        result = {"against": args.against, "text": text, "models": models}
-        print_json(result | {"tasks": answers} if tasks else result)
-    return 0
+        try:
+            with progress() as report:
+                _run_tasks(args, tasks, exact, report, answers)
+        finally:
+            if answers and not args.json:
+                print_tasks(answers, apart=bool(found))
 
 
-def task_names(args: argparse.Namespace) -> list[str]:
+def _result(
+    args: argparse.Namespace,
+    texts: dict[str, Path],
+    found: Sequence[Quality],
+    answers: Tasks,
+    origins: Sequence[dict[str, str]],
+) -> dict[str, Any]:
+    """What --json prints."""
+    models = [q.to_dict() for q in found] or [{"model": model} for model in args.model]
+    for model, origin in zip(models, origins, strict=False):
+        model["origin"] = origin
+    files = [str(file) for file in texts.values()]
+    text = files[0] if len(files) == 1 else files
+    result = {"against": args.against, "text": text, "models": models}
+    return result | {"tasks": answers} if args.tasks else result
+
+
+def task_names(args: argparse.Namespace, verb: str = "eval") -> list[str]:
     """The tasks asked for; UsageError where there is nothing to measure, or not what an option needs."""
     names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
-    command = "fewbit eval MODEL --against REF --text FILE"
+    command = f"fewbit {verb} MODEL --against REF --text FILE"
     if args.tasks is not None and not names:
         raise UsageError(FewbitError("--tasks names no task.", f"It is {args.tasks!r}.", "Such as --tasks arc_easy"))
     if not args.text and not names:
@@ -150,18 +194,17 @@ def _evaluate(args: argparse.Namespace, texts: dict[str, Path], exact: bool, rep
     )
 
 
-def _run_tasks(args: argparse.Namespace, names: list[str], exact: bool, report: Progress) -> Tasks:
-    """The reference first: a task's figure says little without it."""
+def _run_tasks(args: argparse.Namespace, names: list[str], exact: bool, report: Progress, found: Tasks) -> None:
+    """Fill `found`, the reference first: a task's figure says little without it."""
     from fewbit.runtime.engine import set_threads
     from fewbit.tasks import run_tasks
 
     if args.threads is not None:
         set_threads(args.threads)
-    found = {args.against: run_tasks(args.against, names, limit=args.limit, exact=True, progress=report)}
+    found[args.against] = run_tasks(args.against, names, limit=args.limit, exact=True, progress=report)
     for model in args.model:
         if model not in found:
             found[model] = run_tasks(model, names, limit=args.limit, exact=exact, progress=report)
-    return found
 
 
 def print_quality(against: str, found: Sequence[Quality]) -> None:
@@ -189,7 +232,7 @@ def print_quality(against: str, found: Sequence[Quality]) -> None:
 
 
 def row(q: Quality) -> list[str]:
-    """One line of the table; KL in nats, errors are one standard error."""
+    """One line of the table; KL in nats, errors are one standard error over windows."""
     return [q.model, f"{q.weight_bytes / 1e6:.1f}", f"{q.bits_per_weight:.2f}", *figures(q)]
 
 

@@ -1,6 +1,6 @@
 """Which codes to choose. A method knows no format; the file name is the registry.
 
-A module has `NEEDS`, the statistics it wants ("hessian", "cross"), and
+A module has `NEEDS`, what it wants of the walk ("hessian"; "goals", what the full-precision model's block gives), and
 
     quantize(w, fmt, stats, target) -> QTensor            one matrix, or several of the same input stacked by rows
 
@@ -27,7 +27,6 @@ from fewbit.qtensor import QTensor
 # statistics by name, as the walk collected them for one linear:
 #   hessian     float32 [in, in], mean of x x^T over calibration tokens (x: what the quantized prefix hands on)
 #   cross       float32 [in, in], mean of y x^T, y what the full-precision model has in x's place
-#   importance  float32 [in] or [out, in], weighs squared errors in the scale search
 Stats = dict[str, Tensor]
 
 
@@ -59,12 +58,14 @@ class Feed:
 
     linears  matrices [out_i, in] that read it, changed in place
     stats    of that input, changed with it
-    divide   divides the producer's channels by float32 [in] and gives the factors it really could apply (a norm's
-             weight is stored in 16 bits; heads that share a channel must share its factor)
+    share    factors float32 [in] -> those the producer can apply: heads that share a channel share its factor
+    divide   divides the producer's channels by such factors and gives those it did apply (a norm's weight is stored in
+             16 bits)
     """
 
     linears: Sequence[Tensor]
     stats: Stats
+    share: Callable[[Tensor], Tensor]
     divide: Callable[[Tensor], Tensor]
 
 

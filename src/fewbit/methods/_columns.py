@@ -14,21 +14,29 @@ from torch import Tensor
 
 # a loop takes its tensors by name, changes them in place and returns nothing
 Loop = Callable[[dict[str, Tensor]], None]
-WARM_UPS = 2
+WARM_UPS = 1
+# recording takes the time of about three runs
+WORTH_RECORDING = 5
 
 
 class ColumnLoop:
-    """`loop` over blocks of columns; equal shapes on a GPU share one recording."""
+    """`loop` over `blocks` blocks of columns; on a GPU equal shapes share a recording, if there are enough."""
 
-    def __init__(self, loop: Loop) -> None:
-        self.loop = loop
+    def __init__(self, loop: Loop, blocks: int) -> None:
+        self.loop, self.blocks = loop, blocks
         self._recorded: dict[tuple[tuple[int, ...], ...], tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
 
     def __call__(self, tensors: dict[str, Tensor]) -> None:
         """Run the loop; every tensor holds what the loop left in it afterwards."""
-        if next(iter(tensors.values())).device.type != "cuda":
-            self.loop(tensors)
+        device = next(iter(tensors.values())).device
+        if device.type != "cuda" or self.blocks < WORTH_RECORDING:
+            with single_threaded(device):
+                self.loop(tensors)
             return
+        with torch.cuda.device(device):
+            self._replay(tensors)
+
+    def _replay(self, tensors: dict[str, Tensor]) -> None:
         key = tuple(tuple(t.shape) for t in tensors.values())
         if key not in self._recorded:
             self._recorded[key] = self._record(tensors)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewbit.formats import Format, Params
-from fewbit.methods._columns import ColumnLoop, column_major, single_threaded
+from fewbit.methods._columns import ColumnLoop, column_major
 
 LAZY = 128
 
@@ -79,14 +79,13 @@ def swept(w: Tensor, hessian: Tensor, fmt: Format, codes: Tensor, params: Params
             t["pull"] += move @ t["h"][i : i + 1]
             t["moves"][:, i : i + 1] = move
 
-    run = ColumnLoop(loop)
-    with single_threaded(w.device):
-        for start in range(0, columns, LAZY):
-            stop = min(start + LAZY, columns)
-            part = {"values": values[:, start:stop], "pull": pull[:, start:stop].clone()}
-            part |= {"moves": torch.empty_like(part["pull"]), "h": h[start:stop, start:stop]}
-            run(part | {name: t[:, start:stop] for name, t in p.items()})
-            pull += part["moves"] @ h[start:stop]
+    run = ColumnLoop(loop, columns // LAZY)
+    for start in range(0, columns, LAZY):
+        stop = min(start + LAZY, columns)
+        part = {"values": values[:, start:stop], "pull": pull[:, start:stop].clone()}
+        part |= {"moves": torch.zeros_like(part["pull"]), "h": h[start:stop, start:stop]}
+        run(part | {name: t[:, start:stop] for name, t in p.items()})
+        pull += part["moves"] @ h[start:stop]
     found = view.round(values, p)
     back = torch.empty_like(found)
     back[:, order] = found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fewbit.formats import Format
@@ -18,9 +19,10 @@ from fewbit.methods.gptq import importance
 from fewbit.qtensor import QTensor
 
 NEEDS = frozenset({"hessian"})
+# 19 powers between 0 and 1, and leaving the channels alone
 RATIOS = 20
-# factors are kept within this of one another: a norm's weights stay storable in 16 bits
-SPREAD = 256.0
+# largest factor over smallest: what divides them must stay storable in 16 bits
+SPREAD = 65536.0
 
 
 def quantize(w: Tensor, fmt: Format, stats: Stats, target: Target) -> QTensor:
@@ -35,7 +37,6 @@ def prepare(feeds: Sequence[Feed], fmt: Format, target: Target) -> None:
         hessian = feed.stats["hessian"]
         if not bool((hessian.diagonal() > 0).any()):
             continue
-        # only factors the producer could really apply: asked with the candidate, undone if it is not the best
         best = _best(feed, fmt, target)
         if best is None:
             continue
@@ -48,10 +49,11 @@ def prepare(feeds: Sequence[Feed], fmt: Format, target: Target) -> None:
 
 
 def factors(hessian: Tensor, ratio: float) -> Tensor:
-    """a^ratio [in], scaled so that the geometric mean of least and largest is one."""
-    size = hessian.diagonal().clamp(min=1e-12).sqrt()
-    s = (size / size.mean()).clamp(min=1e-4) ** ratio
-    s = s / (s.max() * s.min()).sqrt()
+    """a^ratio [in] over their geometric mean; channels that carry nothing get one."""
+    diagonal = hessian.diagonal()
+    live = diagonal > 0
+    size = torch.where(live, diagonal, diagonal[live].log().mean().exp()).sqrt()
+    s: Tensor = (size / size[live].log().mean().exp()) ** ratio
     return s.clamp(SPREAD**-0.5, SPREAD**0.5)
 
 
@@ -60,7 +62,7 @@ def _best(feed: Feed, fmt: Format, target: Target) -> Tensor | None:
     hessian = feed.stats["hessian"]
     best, least = None, _error(feed, hessian, None, fmt, target)
     for i in range(1, RATIOS):
-        s = factors(hessian, i / RATIOS)
+        s = feed.share(factors(hessian, i / RATIOS))
         error = _error(feed, hessian, s, fmt, target)
         if error < least:
             best, least = s, error

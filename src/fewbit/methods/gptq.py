@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewbit.formats import Format, Params
 from fewbit.methods import Stats, Target
-from fewbit.methods._columns import ColumnLoop, column_major, single_threaded
+from fewbit.methods._columns import ColumnLoop, column_major
 from fewbit.methods._refine import refine
 from fewbit.methods._second_order import damped, drift_corrected, inverse_factor
 from fewbit.qtensor import QTensor
@@ -31,10 +31,20 @@ def quantize(w: Tensor, fmt: Format, stats: Stats, target: Target) -> QTensor:
         w = drift_corrected(w, hessian, stats["cross"])
     order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(hessian[order][:, order], target.note)
-    params = fmt.fit(w, importance(hessian), target.dtype, target.search)
+    params = fmt.fit(w, saliency(order, factor), target.dtype, target.search)
     codes = rounded(w, fmt, params, order, factor)
     codes, params = refine(w, damped(hessian), fmt, codes, params, order, ROUNDS[target.effort])
     return fmt.pack(codes, params)
+
+
+def saliency(order: Tensor, factor: Tensor) -> Tensor:
+    """What a squared error in each column costs after all other columns made good what they can: 1 / [H^-1]_jj, [in]
+    (Hassibi and Stork 1993, eq. 5). `factor` is the upper Cholesky factor of H^-1 with columns in `order`.
+    """
+    found = torch.empty_like(factor.diagonal())
+    # H^-1 = U^T U, so its diagonal is the squared norms of U's columns
+    found[order] = 1 / factor.square().sum(0)
+    return found
 
 
 def importance(hessian: Tensor) -> Tensor:
@@ -63,15 +73,14 @@ def rounded(w: Tensor, fmt: Format, params: Params, order: Tensor, factor: Tenso
             column.copy_(nearest)
             t["errors"][:, i:j] = error
 
-    run = ColumnLoop(loop)
-    with single_threaded(w.device):
-        for start in range(0, columns, LAZY):
-            stop = min(start + LAZY, columns)
-            block = free[:, start:stop]
-            errors = torch.empty_like(block)
-            inner = factor[start:stop, start:stop]
-            run({"free": block, "errors": errors, "factor": inner} | {n: t[:, start:stop] for n, t in p.items()})
-            free[:, stop:] -= errors @ factor[start:stop, stop:]
+    run = ColumnLoop(loop, columns // LAZY)
+    for start in range(0, columns, LAZY):
+        stop = min(start + LAZY, columns)
+        block = free[:, start:stop]
+        errors = torch.zeros_like(block)
+        inner = factor[start:stop, start:stop]
+        run({"free": block, "errors": errors, "factor": inner} | {n: t[:, start:stop] for n, t in p.items()})
+        free[:, stop:] -= errors @ factor[start:stop, stop:]
     codes = view.round(free, p)
     back = torch.empty_like(codes)
     back[:, order] = codes

@@ -12,11 +12,8 @@ NEEDS: frozenset[str] = frozenset()
 
 
 def quantize(w: Tensor, fmt: Format, stats: Stats, target: Target) -> QTensor:
-    """w float32 [out, in] -> the nearest codes. `stats["importance"]` [in], where given, weighs the scale search."""
-    importance = stats.get("importance")
-    if importance is None and target.search:
-        importance = magnitude(w)
-    params = fmt.fit(w, importance, target.dtype, target.search)
+    """w float32 [out, in] -> the nearest codes."""
+    params = fmt.fit(w, magnitude(w) if target.search else None, target.dtype, target.search)
     return fmt.pack(fmt.round(w, params), params)
 
 

@@ -40,6 +40,7 @@ class Levels:
             raise ValueError(f"{fmt.spec} is not linear in its scales")
         self.group, (self.low, self.high) = found.group, found.limits
         self.base = found.scale
+        self.span = int((self.group == 0).sum())
         inside = (original / self.base[:, self.group] - found.levels).clamp_(-CELL, CELL)
         self.level = (found.levels + inside).requires_grad_(True)
         self.change = torch.zeros_like(self.base).requires_grad_(True)
@@ -47,19 +48,23 @@ class Levels:
     def weight(self) -> Tensor:
         """Differentiable weights: rounding passes gradients through, clipping stops them."""
         rounded = self.level + (self.level.detach().round() - self.level.detach())
-        rounded = torch.maximum(torch.minimum(rounded, self.high), self.low)
-        return rounded * (self.base * (1 + self.change))[:, self.group]
+        return rounded.clamp(self.low, self.high) * self._spread(self.base * (1 + self.change))
+
+    def _spread(self, scale: Tensor) -> Tensor:
+        """[out, groups] -> [out, in]. By expanding, not indexing: its gradient is a plain sum, the same every time."""
+        wide = scale[:, :, None].expand(-1, -1, self.span).flatten(1)
+        return wide[:, : self.level.shape[1]]
 
     @torch.no_grad()
     def clip(self) -> None:
         """Keep levels where a gradient can bring them back."""
-        self.level.copy_(torch.maximum(torch.minimum(self.level, self.high + CELL), self.low - CELL))
+        self.level.clamp_(self.low - CELL, self.high + CELL)
 
     @torch.no_grad()
     def stored(self) -> QTensor:
         """Codes and scales as they are stored; codes are the levels' nearest, whatever rounding did to the scale."""
         params = self.fmt.with_scale(self.params, self.base * (1 + self.change))
-        levels = torch.maximum(torch.minimum(self.level.round(), self.high), self.low)
+        levels = self.level.round().clamp(self.low, self.high)
         values = levels * params["scale"].float()[:, self.group]
         return self.fmt.pack(self.fmt.round(values, params), params)
 

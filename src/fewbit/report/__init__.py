@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,19 @@ def check_report(out: Path) -> None:
             f"There is no folder {str(out.parent)!r}.",
             "Make the folder first, or name a file elsewhere.",
         )
+    partial = _partial(out)
+    try:
+        partial.touch(exist_ok=False)
+    except OSError as error:
+        raise FewbitError(
+            f"The report cannot be written to {str(out)!r}.",
+            f"The system says: {error.strerror}.",
+            "Change the folder's permissions, or name a file elsewhere.",
+        ) from error
+    finally:
+        # where nothing can be made, nothing is there to remove
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def write_report(out: Path, against: str, qualities: Sequence[Quality]) -> None:
@@ -44,13 +58,14 @@ def write_report(out: Path, against: str, qualities: Sequence[Quality]) -> None:
     check_report(out)
     reference = open_source(against)
     candidates = [open_source(q.model) for q in qualities]
-    fitting = [i for i, c in enumerate(candidates) if weights.comparable(reference, c)]
+    unlike = [weights.unlike(reference, c) for c in candidates]
+    fitting = [i for i, why in enumerate(unlike) if not why]
     measured = weights.layer_errors(reference, [candidates[i] for i in fitting])
     layers: list[list[weights.LayerError]] = [[] for _ in qualities]
     for i, found in zip(fitting, measured, strict=True):
         layers[i] = found
     views = [_views(reference, c, found) for c, found in zip(candidates, layers, strict=True)]
-    _write(out, page.render(against, reference, qualities, layers, views))
+    _write(out, page.render(against, reference, qualities, page.Weights(layers, views, unlike)))
 
 
 def _views(
@@ -62,7 +77,7 @@ def _views(
 
 def _write(out: Path, text: str) -> None:
     """Beside its place, then renamed: a report is whole or not there, and a link is replaced, not followed."""
-    partial = out.with_name(f".{out.name[:100]}.{secrets.token_hex(4)}.partial")
+    partial = _partial(out)
     try:
         with partial.open("xb") as file:
             # a path may hold bytes that are not UTF-8
@@ -72,3 +87,7 @@ def _write(out: Path, text: str) -> None:
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(f".{out.name[:100]}.{secrets.token_hex(4)}.partial")

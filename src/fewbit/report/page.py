@@ -11,6 +11,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
@@ -26,19 +27,32 @@ from fewbit.source import Source, describe_source
 if TYPE_CHECKING:
     from fewbit.evaluator import DomainQuality, Quality, WorstToken
 
-# characters that would turn or hide the text around them: direction overrides, isolates, zero-width marks, line ends
 _SIGNS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
-_HIDING = re.compile("[\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+_HIDING = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is shown of the candidates' weights, an entry for each candidate.
+
+    layers   the error of each matrix
+    views    matrices looked at more closely, each with why
+    unlike   why there is neither; "" where there is
+    """
+
+    layers: Sequence[Sequence[LayerError]]
+    views: Sequence[Sequence[tuple[str, Rounding]]]
+    unlike: Sequence[str]
 
 
 def render(
     against: str,
     reference: Source,
     qualities: Sequence[Quality],
-    layers: Sequence[Sequence[LayerError]],
-    views: Sequence[Sequence[tuple[str, Rounding]]],
+    weights: Weights,
 ) -> str:
-    """The whole page as text. `layers` and `views` have an entry for each of `qualities`."""
+    """The whole page as text. Each list of `weights` has an entry for each of `qualities`."""
+    layers, views = weights.layers, weights.views
     names = short_names([q.model for q in qualities])
     kinds = list(dict.fromkeys(layer.kind for found in layers for layer in found if layer.block is not None))
     specs = {f"layers-{k}": charts.layer_chart(layers, k, k == kinds[-1]) for k in kinds}
@@ -59,7 +73,11 @@ def render(
     return environment.get_template("page.html.j2").render(
         against=against,
         base=describe_source(reference),
-        candidates=[_candidate(*each) for each in zip(qualities, names, brief, layers, views, strict=True)],
+        candidates=[
+            _candidate(*each) for each in zip(qualities, names, brief, layers, views, weights.unlike, strict=True)
+        ],
+        all_kinds=list(dict.fromkeys(layer.kind for found in layers for layer in found)),
+        cache_error=max(q.cache_error for q in qualities),
         shared=names[0][: 1 + len(names[0]) - len(brief[0])] if brief != names else "",
         domains=_domains(qualities),
         kinds=kinds,
@@ -102,13 +120,19 @@ def trimmed(names: Sequence[str]) -> list[str]:
 
 
 def _candidate(
-    quality: Quality, name: str, brief: str, layers: Sequence[LayerError], views: Sequence[tuple[str, Rounding]]
+    quality: Quality,
+    name: str,
+    brief: str,
+    layers: Sequence[LayerError],
+    views: Sequence[tuple[str, Rounding]],
+    unlike: str,
 ) -> dict[str, Any]:
     return {
         "quality": quality,
         "name": name,
         "brief": brief,
         "layers": layers,
+        "unlike": unlike,
         "kinds": _by_kind(layers),
         "views": [
             {"why": why, "layer": v.layer, "outside": v.outside, "place": v.place, "grid": len(v.grid)}
@@ -166,11 +190,9 @@ def signs(text: str) -> str:
 
 
 def lines(text: str) -> str:
-    """Text with its line ends, and with escapes for characters that would hide or turn what stands around them."""
-    text = _HIDING.sub(lambda m: f"⟨U+{ord(m[0]):04X}⟩", text)
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else f"⟨U+{ord(c):04X}⟩" for c in text
-    )
+    """Text with its line ends, and escapes for what would hide or turn what stands around it: format characters
+    (direction marks, joiners, soft hyphens), controls, and Unicode's own line ends."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in _HIDING else f"⟨U+{ord(c):04X}⟩" for c in text)
 
 
 def number(x: float, digits: int, signed: bool = False) -> str:

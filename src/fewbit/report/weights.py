@@ -21,6 +21,8 @@ from fewbit.source import Source
 SLICE_WEIGHTS = 1 << 24
 # a group wider than this is shown in part
 SHOWN_COLUMNS = 128
+# relative difference of a norm that storing it in bfloat16 does not explain
+ROUNDED_NORM = 2**-7
 # bars of a histogram, about
 BARS = 256
 
@@ -77,10 +79,23 @@ def kind(info: WeightInfo) -> str:
     return info.name.split(".")[-2].removesuffix("_proj") if info.role == "linear" else info.role
 
 
-def comparable(reference: Source, candidate: Source) -> bool:
-    """Whether the candidate's matrices have the reference's names and shapes."""
+def unlike(reference: Source, candidate: Source) -> str:
+    """Why the candidate's matrices can't be laid beside the reference's one by one, as a sentence; "" where they can.
+
+    A method that folds scales into the norms (AWQ) multiplies columns of the linears by what it divides the norms by:
+    the models agree, their matrices do not, and the difference is no rounding.
+    """
     shapes = {w.name: w.shape for w in candidate.weights}
-    return all(w.role in ("embedding", "head") or shapes.get(w.name) == w.shape for w in _matrices(reference))
+    inside = [w for w in _matrices(reference) if w.role not in ("embedding", "head")]
+    if any(shapes.get(w.name) != w.shape for w in inside):
+        return "its matrices have other shapes than the reference's"
+    for info in reference.weights:
+        if info.role == "norm" and shapes.get(info.name) == info.shape:
+            one, two = (_dequantized(s.read(info.name)).double() for s in (reference, candidate))
+            # not finite: damaged, which the matrices will show as well
+            if float((one - two).norm()) > ROUNDED_NORM * float(one.norm()):
+                return "this candidate rescaled channels, so weights are not comparable matrix by matrix"
+    return ""
 
 
 def layer_errors(reference: Source, candidates: Sequence[Source]) -> list[list[LayerError]]:
