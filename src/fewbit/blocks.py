@@ -153,7 +153,8 @@ def fast_product(source: Source, device: torch.device) -> torch.dtype:
     made in. float32 everywhere else.
     """
     native = device.type == "cpu" and CPUINFO.exists() and "avx512_bf16" in CPUINFO.read_text()
-    return torch.bfloat16 if native and source.dtype == torch.bfloat16 else torch.float32
+    stored = {source.spec(w.name) for w in source.weights if w.role == "linear"}
+    return torch.bfloat16 if native and stored == {"bf16"} else torch.float32
 
 
 _NONE = torch.empty(0, dtype=torch.int64)

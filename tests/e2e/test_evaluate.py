@@ -93,7 +93,7 @@ def test_the_benchmarks_state_the_same_error(monkeypatch: pytest.MonkeyPatch, tm
     peers, quality = (importlib.import_module(name) for name in ("peers", "quality"))
     random = np.random.default_rng(1)
     kl = (random.random((6, 1)) + random.random((6, 255))).astype(np.float32).reshape(-1)
-    scores = {name: kl for name in ("kl", "agrees", "loss", "reference_loss")}
+    scores = dict.fromkeys(("kl", "agrees", "loss", "reference_loss"), kl)
     truth = standard_error(torch.from_numpy(kl).double(), 255)
     assert peers.figures(scores)["mean_kl_error"] == pytest.approx(truth)
     found = quality.Results(tmp_path / "q.npz")
@@ -175,7 +175,9 @@ def test_tokenizers_that_differ_are_said(tiny_folder: Path, tmp_path: Path, text
     pair = ids if TEXT[at] == "a" else ids[::-1]
     assert failed.value.facts == f"Token {at + 1} of {str(text)!r} is {pair[1]} and {pair[0]}."
     # a tokenizer that is written otherwise and reads the same is the same
-    (other / "tokenizer.json").write_text(json.dumps(json.loads((tiny_folder / "tokenizer.json").read_text()), indent=2))
+    (other / "tokenizer.json").write_text(
+        json.dumps(json.loads((tiny_folder / "tokenizer.json").read_text()), indent=2)
+    )
     (found,) = fewbit.evaluate(other, tiny_folder, text, windows=1, exact=True)
     assert found.mean_kl == 0
 
@@ -276,7 +278,9 @@ def test_domains_add_up(measured: list[Quality], by_hand: dict[str, dict[str, to
             assert domain.p99_kl == pytest.approx(float(slow.quantile(0.99)), rel=1e-4)
 
 
-def test_the_paired_error_is_that_over_windows(measured: list[Quality], by_hand: dict[str, dict[str, torch.Tensor]]) -> None:
+def test_the_paired_error_is_that_over_windows(
+    measured: list[Quality], by_hand: dict[str, dict[str, torch.Tensor]]
+) -> None:
     first, *others = measured
     assert first.paired is None
     assert all(domain.paired is None for domain in first.domains)

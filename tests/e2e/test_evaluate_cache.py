@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import random
 import shutil
@@ -201,6 +202,42 @@ def test_a_run_that_stops_keeps_what_it_has(
     loads = Loads(monkeypatch)
     fewbit.evaluate(candidates[0], wide, text, cache=True)
     assert loads.windows.count("wide") == 3
+
+
+def test_windows_that_vanish_load_the_reference_once(
+    wide: Path, candidates: list[Path], text: Path, references: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (plain,) = fewbit.evaluate(candidates[0], wide, text, exact=True, cache=True)
+
+    def vanish(done: int, total: int, doing: str) -> None:
+        if done == 1:
+            for file in references.iterdir():
+                file.unlink()
+
+    loads = Loads(monkeypatch)
+    (found,) = fewbit.evaluate(candidates[0], wide, text, exact=True, cache=True, progress=vanish)
+    # to check the cache, and for the second and the fourth window; the third one was the check
+    assert loads.names == ["wide", "int8", "wide"]
+    assert loads.windows.count("wide") == 3
+    assert found.mean_kl == pytest.approx(plain.mean_kl, rel=0.05)
+
+
+def test_a_run_removes_others_windows_before_its_own(
+    wide: Path, candidates: list[Path], text: Path, tmp_path: Path, references: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {"old": text}
+    for name, step in (("newer", 3), ("fresh", 5)):
+        texts[name] = tmp_path / name
+        texts[name].write_text("".join(TEXT[i * step % len(TEXT)] for i in range(len(TEXT))))
+    for name in ("old", "newer"):
+        fewbit.evaluate(candidates[0], wide, {name: texts[name]}, cache=True)
+    size = sum(file.stat().st_size for file in references.iterdir())
+    monkeypatch.setattr(evaluator, "ReferenceCache", functools.partial(ReferenceCache, max_bytes=size))
+    loads = Loads(monkeypatch)
+    fewbit.evaluate(candidates[0], wide, {name: texts[name] for name in ("fresh", "old")}, cache=True)
+    # four that are new, and the one that is checked
+    assert loads.windows.count("wide") == 5
+    assert len(list(references.iterdir())) == 8
 
 
 def test_a_cache_that_can_not_be_written_costs_only_time(

@@ -13,6 +13,7 @@ import pytest
 
 import fewbit
 from fewbit.cli import main
+from fewbit.errors import FewbitError
 from fewbit.evaluator import Quality
 from fewbit.origin import Origin, of_settings
 
@@ -193,7 +194,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def check_report(out: Path) -> None:
         calls.append(("check", out))
 
-    for name, functions in (("tasks", [run_tasks]), ("report", [check_report, write_report])):
+    def check_tasks() -> None:
+        """lm-eval need not be there."""
+
+    for name, functions in (("tasks", [check_tasks, run_tasks]), ("report", [check_report, write_report])):
         module = types.ModuleType(f"fewbit.{name}")
         for function in functions:
             setattr(module, function.__name__, function)
@@ -230,6 +234,70 @@ def test_tasks_and_a_report_beside_a_text(
     assert "out.html" in err
 
 
+def test_a_report_that_fails_loses_no_figures(
+    cli: Cli, tiny_folder: Path, texts: list[Path], asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ("eval", tiny_folder, "--against", tiny_folder, "--text", texts[0], "--windows", "1", "--json")
+    whole = json.loads(cli(*argv)[1])
+
+    def fails(error: BaseException) -> None:
+        def write_report(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(sys.modules["fewbit.report"], "write_report", write_report)
+
+    for error, code, what in (
+        (FewbitError("It broke.", "Here.", "Mend it."), 1, "It broke."),
+        (OSError(28, "No space left on device", "o.html"), 1, "The disk is full."),
+        (KeyboardInterrupt(), 130, "Interrupted."),
+    ):
+        fails(error)
+        found, said, err = cli(*argv, "--report", tmp_path / "o.html")
+        assert found == code
+        # one document, with all that was measured
+        result = json.loads(said)
+        assert result.pop("error")["what"] == what
+        assert result == whole
+        assert f"error: {what}" in err
+    # what is no user's mistake keeps its traceback, after the figures
+    fails(ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError):
+        cli(*argv, "--report", tmp_path / "o.html")
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_a_task_that_fails_loses_no_figures(
+    cli: Cli, tiny_folder: Path, texts: list[Path], asked: list[Any], monkeypatch: pytest.MonkeyPatch, text: bool
+) -> None:
+    works = sys.modules["fewbit.tasks"].run_tasks
+
+    def run_tasks(model: str, *args: Any, **settings: Any) -> Any:
+        if model == "B":
+            raise FewbitError("There is no B.", "None.", "Name another.")
+        return works(model, *args, **settings)
+
+    monkeypatch.setattr(sys.modules["fewbit.tasks"], "run_tasks", run_tasks)
+    monkeypatch.setattr("fewbit.cli.eval._evaluate", lambda *_: fewbit.evaluate(tiny_folder, tiny_folder, texts[0]))
+    argv = ("eval", "A", "B", "--against", "R", "--tasks", "one", *(("--text", texts[0]) if text else ()))
+    code, said, _ = cli(*argv, "--json")
+    result = json.loads(said)
+    assert code == 1
+    assert result["error"]["what"] == "There is no B."
+    assert result["tasks"] == {"R": {"one": {"acc": 1.25}}, "A": {"one": {"acc": 2.25}}}
+    assert ("mean_kl" in result["models"][0]) == text
+    # the table, too, has what was answered
+    code, said, err = cli(*argv)
+    assert code == 1
+    assert [line.split()[0] for line in said.splitlines()[-2:]] == ["R", "A"]
+    assert "There is no B." in err
+
+
+def test_what_fails_before_anything_is_measured_is_an_error_alone(cli: Cli, tiny_folder: Path, tmp_path: Path) -> None:
+    code, said, _ = cli("eval", tiny_folder, "--against", tiny_folder, "--text", tmp_path / "none", "--json")
+    assert code == 1
+    assert list(json.loads(said)) == ["error"]
+
+
 @pytest.mark.parametrize("verb", ["eval", "compare"])
 @pytest.mark.parametrize(
     ("options", "what"),
@@ -247,3 +315,5 @@ def test_usage(cli: Cli, verb: str, options: list[str], what: str) -> None:
     assert code == 2
     assert said == ""
     assert what in err.splitlines()[0]
+    if what in ("nothing to measure on", "needs a text"):
+        assert f"fewbit {verb} MODEL" in err

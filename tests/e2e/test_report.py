@@ -366,6 +366,66 @@ def test_folders_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     check_report(tmp_path / "out.html")
 
 
+def test_a_folder_that_can_not_be_written_is_said_before_the_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out.html").write_text("older")
+    check_report(tmp_path / "out.html")
+    assert [p.name for p in tmp_path.iterdir()] == ["out.html"]
+    assert (tmp_path / "out.html").read_text() == "older"
+    make = os.open
+
+    def read_only(path: Any, flags: int, *rest: Any, **settings: Any) -> int:
+        # what a read-only disk answers, also to root
+        if flags & os.O_CREAT:
+            raise OSError(30, "Read-only file system", str(path))
+        return make(path, flags, *rest, **settings)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with pytest.raises(FewbitError, match="cannot be written") as failed:
+        check_report(tmp_path / "out.html")
+    assert failed.value.facts == "The system says: Read-only file system."
+
+
+def test_rescaled_channels_are_not_shown_as_rounding(tmp_path: Path) -> None:
+    """The same function with other matrices, as folding scales into the norms leaves it."""
+    reference = write_folder(tmp_path / "m")
+    original = random_weights(CONFIG)
+    folded = {name: w.clone() for name, w in original.items()}
+    scale = torch.linspace(0.8, 1.3, 64)
+    folded["model.layers.0.input_layernorm.weight"] /= scale
+    for k in "qkv":
+        folded[f"model.layers.0.self_attn.{k}_proj.weight"] *= scale
+    write_folder(tmp_path / "folded", folded)
+    rounded = {name: w.half() if "norm" in name else w.clone() for name, w in original.items()}
+    write_folder(tmp_path / "rounded", rounded)
+    fewbit.quantize(tmp_path / "folded", tmp_path / "awq", format="int4g32")
+    fewbit.quantize(tmp_path / "rounded", tmp_path / "q", format="int4g32")
+    small = write_folder(tmp_path / "small", random_weights(CONFIG | {"intermediate_size": 96}), intermediate_size=96)
+    models = [tmp_path / "q", tmp_path / "awq", small]
+    write_report(
+        tmp_path / "out.html", str(reference), [quality(model, cache_error=1e-5 * i) for i, model in enumerate(models)]
+    )
+    found = Page((tmp_path / "out.html").read_text(encoding="utf-8"))
+    why = "this candidate rescaled channels, so weights are not comparable matrix by matrix"
+    specs = found.data["specs"]
+    # bars and histograms of the first alone
+    assert {r["c"] for k in (*KINDS, "down") for r in _values(specs[f"layers-{k}"])} == {0}
+    assert {name for name in specs if name.startswith(("steps", "group"))} == {
+        f"{kind}-0-{i}" for kind in ("steps", "group") for i in (0, 1)
+    }
+    assert f"awq has no bars: {why}." in found.text
+    assert f"T{why[1:]}." in found.text
+    rows = [row for row in found.rows if row[1:] == [why]]
+    assert [row[0] for row in rows] == ["2awq"]
+    # as wide as the kinds there are
+    header = next(r for r in found.rows if r and r[0] == "whole model")
+    spans = [a["colspan"] for tag, a in found.tags if tag == "td" and "colspan" in a]
+    assert spans[-2:] == [str(len(header) - 1)] * 2
+    # the largest error of the cache, not the first's
+    assert "within ± 0.000020 of" in found.text
+
+
 def test_a_report_replaces_an_older_one_and_never_what_a_link_leads_to(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("kept")
     out = tmp_path / "out.html"
@@ -446,7 +506,10 @@ def test_characters_that_hide_are_shown() -> None:
     assert page.signs("  a\tb\n") == "␣␣a⇥b↵"
     assert page.signs("   ") == "␣␣␣"
     assert page.lines("a\u202eb\x00c\n\u2066") == "a⟨U+202E⟩b⟨U+0000⟩c\n⟨U+2066⟩"
-    assert page.lines("می\u200cشود") == "می\u200cشود"
+    # every format character, whatever it is good for: two tokens that differ must be seen to
+    assert page.lines("می\u200cشود") == "می⟨U+200C⟩شود"
+    for c in "\u00ad\u061c\u180e\u200d\u2028\u2061\ufff9\U000e0041":
+        assert page.signs(f"a{c}b") == f"a⟨U+{ord(c):04X}⟩b"
     assert page.percent(0.00941) == "0.941 %"
     assert page.percent(0.0) == "0 %"
     assert page.percent(None) == "not a number"
@@ -459,5 +522,6 @@ def test_one_candidate_needs_no_choice(tiny_folder: Path, tmp_path: Path) -> Non
     found = Page((tmp_path / "out.html").read_text(encoding="utf-8"))
     assert not any(tag == "select" for tag, _ in found.tags)
     assert "Each text by itself" not in found.text
-    assert "misses 0.000012 nats" in found.text
+    assert "each mean KL is within ± 0.000012 of" in found.text
+    assert "one standard error over windows" in found.text
     assert "256 values" in found.text

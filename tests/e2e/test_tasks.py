@@ -141,6 +141,48 @@ def test_a_context_too_long_loses_its_beginning(folder: Path) -> None:
         scorer(folder, context=40).loglikelihood(ask(("a", "b" * 41)))
 
 
+def test_an_answer_that_merges_with_its_context_is_scored(folder: Path) -> None:
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    settings["model"]["vocab"]["ab"] = 258
+    settings["model"]["merges"] = [["a", "b"]]
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    plain = Plain(folder)
+    encode = plain.tokenizer.encode
+    assert len(encode("x a")) == len(encode("x ab")) == 3
+    found = scorer(folder).loglikelihood(ask(("x a", "b"), ("a", "b"), ("x a", "bc"), ("x a", "")))
+    # at least one token, which is then seen behind another
+    expected = [plain.after(ids, 1) for ids in (encode("x ab"), [256, *encode("ab")], encode("x abc"))]
+    assert [value for value, _ in found[:3]] == pytest.approx([value for value, _ in expected], abs=1e-3)
+    assert [greedy for _, greedy in found[:3]] == [greedy for _, greedy in expected]
+    assert all(value < -0.01 for value, _ in found[:3])
+    assert found[3] == (0.0, True)
+
+
+def test_a_continuation_without_tokens_is_an_error(folder: Path) -> None:
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    settings["normalizer"] = {"type": "Replace", "pattern": {"String": "~"}, "content": ""}
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(FewbitError, match="no tokens"):
+        scorer(folder).loglikelihood(ask(("", "~~")))
+
+
+@pytest.mark.parametrize(("prompt", "wanted", "kept", "room"), [(200, 256, 30, 10), (10, 256, 10, 30), (200, 5, 35, 5)])
+def test_a_long_answer_leaves_most_of_the_question(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, prompt: int, wanted: int, kept: int, room: int
+) -> None:
+    ours, seen = scorer(folder, context=40), []
+    generate = ours.model.generate
+
+    def watched(ids: list[int], **settings: Any) -> Any:
+        seen.append((ids, settings["max_tokens"]))
+        return generate(ids, **settings)
+
+    monkeypatch.setattr(ours.model, "generate", watched)
+    text = (SHOTS * 2)[:prompt]
+    ours.generate_until([Asked((text, {"max_gen_toks": wanted}))])
+    assert seen == [(ours.tokenizer.encode(text)[-kept:], room)]
+
+
 def test_nothing_to_score_is_certain(folder: Path) -> None:
     assert scorer(folder).loglikelihood(ask(("abc", ""), ("", ""))) == [(0.0, True), (0.0, True)]
 

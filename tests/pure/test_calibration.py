@@ -205,6 +205,45 @@ def test_no_more_lines_are_read_than_needed(tmp_path: Path) -> None:
         collect(path, PLAIN, count=3, length=50)
 
 
+def test_blank_documents_are_none(tmp_path: Path) -> None:
+    blank = [{"text": ""}] * 50 + [{"text": " \n"}, {"messages": [{"role": "user", "content": ""}]}]
+    rows = [*blank, {"text": ALPHABET}, *blank, {"text": ALPHABET}, *blank]
+    once, filled = (lines(tmp_path / f"{i}.jsonl", *r) for i, r in enumerate([[{"text": ALPHABET}] * 2, rows]))
+    for known in (PLAIN, CHAT):
+        expected = collect(once, known, count=1, length=2 * len(ALPHABET) + 1)
+        assert torch.equal(collect(filled, known, count=1, length=2 * len(ALPHABET) + 1).windows, expected.windows)
+    with pytest.raises(FewbitError, match="too short"):
+        collect(filled, PLAIN, count=1, length=2 * len(ALPHABET) + 2)
+    with pytest.raises(FewbitError, match="is empty"):
+        collect(lines(tmp_path / "blank.jsonl", *blank), PLAIN)
+
+
+def test_documents_of_which_no_token_is_left_are_none(tmp_path: Path) -> None:
+    # no unknown token: what it does not know is left out
+    inner = Inner(models.BPE(vocab={"a": 0, "b": 1, "<end>": 2}, merges=[]))
+    known = Tokenizer(TokenizerData(inner.to_str(), eos_token_ids=(2,)))
+    path = lines(tmp_path / "d.jsonl", {"text": "ab"}, *[{"text": "?"}] * 9, {"text": "ba"})
+    assert collect(path, known, count=1, length=5).windows.tolist() == [[0, 1, 2, 1, 0]]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(mark + ALPHABET.encode() * 9)
+    assert read_text(tmp_path / "a.txt") == ALPHABET * 9
+    assert read_text(tmp_path / "a.txt", 100) == ALPHABET
+    # within the text it is a character as any other
+    (tmp_path / "a.txt").write_bytes(mark + mark + b"a" + mark)
+    assert read_text(tmp_path / "a.txt") == "\ufeffa\ufeff"
+    row = json.dumps({"text": ALPHABET}).encode() + b"\n"
+    expected = collect(lines(tmp_path / "d.jsonl", {"text": ALPHABET}), PLAIN, count=1, length=50)
+    for before in (mark, mark + b"\n", mark + b"\r\n"):
+        (tmp_path / "d.jsonl").write_bytes(before + row)
+        assert torch.equal(collect(str(tmp_path / "d.jsonl"), PLAIN, count=1, length=50).windows, expected.windows)
+    (tmp_path / "d.jsonl").write_bytes(row + mark + row)
+    with pytest.raises(FewbitError, match="no document"):
+        collect(str(tmp_path / "d.jsonl"), PLAIN, count=2, length=50)
+
+
 # templates, and what stands between texts
 
 

@@ -136,11 +136,54 @@ def test_messages_or_the_first_column_of_text_are_read(monkeypatch: pytest.Monke
     assert PLAIN.decode(collect("owner/name", PLAIN, count=1, length=50).windows[0].tolist()).startswith("FirstThe")
 
 
+@pytest.mark.parametrize(
+    ("rows", "column"),
+    [
+        ([{"url": "http://somewhere.far/away" * 9, "text": ALPHABET}], "text"),
+        ([{"url": "x" * 99, "Content": ALPHABET}], "Content"),
+        ([{"content": "x" * 99, "text": ALPHABET}], "text"),
+        ([{"title": "First", "id": "7", "story": ALPHABET}, {"title": "Next", "id": "8", "story": ALPHABET}], "story"),
+        # the first row is not like the others
+        ([{"title": "x" * 30, "text": None}, {"title": "y", "text": ALPHABET}, {"title": "y"}], "text"),
+        ([{"title": "x" * 30, "story": None}, {"title": "y", "story": ALPHABET}, {"title": None}], "story"),
+        # the text of some rows is missing: no other column takes its place
+        ([{"title": "First", "text": ALPHABET[:20]}, {"title": "x" * 99, "text": None}, {"text": ALPHABET}], "text"),
+    ],
+)
+def test_the_column_that_is_the_text(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], column: str) -> None:
+    stand_in = hub(monkeypatch, *rows, *[{**rows[-1], column: f"{i} {ALPHABET}"} for i in range(50)])
+    found = collect("owner/name", PLAIN, count=1, length=200)
+    shown = PLAIN.decode(found.windows[0].tolist())
+    parts = [row.get(column) or "" for row in rows] + [f"{i} {ALPHABET}" for i in range(9)]
+    assert "".join(parts).startswith(shown)
+    assert len(shown) > 190
+    assert found.facts["column"] == column
+    assert stand_in.given <= 16
+
+
+def test_a_conversation_among_texts_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = {"messages": [{"role": "user", "content": "Hi"}], "note": "x"}
+    hub(monkeypatch, {"note": ALPHABET, "messages": None}, talk, *[{"note": ALPHABET}] * 30)
+    found = collect("owner/name", CHAT, count=1, length=150)
+    assert "<|im_start|>user\nHi<|im_end|>" in CHAT.decode(found.windows[0].tolist(), skip_special=False)
+    hub(monkeypatch, talk)
+    assert collect("owner/name", CHAT, count=1, length=8).facts["column"] == "messages"
+
+
+def test_only_a_dataset_has_a_column(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "a text that is long enough"}')
+    assert "column" not in collect(str(tmp_path / "d.jsonl"), PLAIN, count=1, length=20).facts
+
+
 def test_what_can_go_wrong_with_a_dataset_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     hub(monkeypatch, {"id": 1, "label": 0})
     with pytest.raises(FewbitError, match="has no text") as e:
         collect("owner/name", PLAIN)
     assert "id (int), label (int)" in e.value.facts
+    hub(monkeypatch, *[{"title": "", "story": " "}] * 100)
+    with pytest.raises(FewbitError, match="has no text") as e:
+        collect("owner/name", PLAIN)
+    assert "title (str), story (str)" in e.value.facts
     hub(monkeypatch)
     with pytest.raises(FewbitError, match="is empty"):
         collect("owner/name", PLAIN)

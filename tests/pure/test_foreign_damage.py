@@ -22,9 +22,11 @@ from fewbit.source import open_source
 from tests.conftest import CONFIG, random_weights, write_folder
 from tests.pure.test_foreign_folders import (
     LINEAR,
+    Made,
     awq_parts,
     awq_said,
     ct_ordered,
+    ct_parts,
     ct_said,
     foreign_folder,
     gptq_parts,
@@ -120,6 +122,55 @@ def test_a_broken_order_of_compressed_tensors(tmp_path: Path) -> None:
     with pytest.raises(FewbitError, match="g_idx runs from 1"):
         fewbit.load(folder.path)
     change("weight_g_idx", lambda t: t[:-1])(folder.path)
+    with pytest.raises(FewbitError, match="does not fit together"):
+        fewbit.load(folder.path)
+
+
+def test_an_order_that_is_partly_unset(tmp_path: Path) -> None:
+    folder = foreign_folder(tmp_path / "m", ct_said(4, True, 32, "group"), ct_ordered, shuffled=True)
+    change("weight_g_idx", lambda t: torch.cat([t[:1] * 0 - 1, t[1:]]))(folder.path)
+    with pytest.raises(FewbitError, match="g_idx runs from -1"):
+        fewbit.load(folder.path)
+
+
+def scheme(**changes: Any) -> Callable[[Path], None]:
+    said = ct_said(4, True, 32, None)["config_groups"]["group_0"]
+    return say(config_groups={"group_0": said | {"weights": said["weights"] | changes}})
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (say(kv_cache_scheme={"num_bits": 8, "type": "float"}), "kv_cache_scheme is set"),
+        (say(transform_config={"config_groups": {"u": {}}}), "transform_config is set"),
+        (say(config_groups={"g": {"targets": ["Linear"], "input_activations": {"num_bits": 8}}}), "input_activations"),
+        (scheme(type="float"), "group_0 says type 'float', num_bits 4"),
+        (scheme(strategy="tensor_group"), "strategy 'tensor_group'"),
+        (say(config_groups={}), "Nothing says in which format"),
+        (scheme(num_bits=6), "does not fit together"),
+        (say(config_groups={"g": {"targets": [f"re:{'(?:' * 5}ab?{'){99}' * 5}"]}}), "repeats too often"),
+    ],
+)
+def test_what_is_not_read_of_compressed_tensors_is_refused(
+    tmp_path: Path, damage: Callable[[Path], None], words: str
+) -> None:
+    folder = foreign_folder(tmp_path / "m", ct_said(4, True, 32, None), ct_parts)
+    damage(folder.path)
+    with pytest.raises(FewbitError, match=words) as caught:
+        fewbit.load(folder.path)
+    assert all(caught.value.to_dict().values())
+    assert len(str(caught.value)) < 2000
+
+
+def test_six_bits_five_to_a_word_are_not_taken_for_dense_ones(tmp_path: Path) -> None:
+    """The padded packing that compressed-tensors wrote before its version 0.20."""
+
+    def padded(m: Made, bits: int) -> dict[str, Tensor]:
+        fives = torch.nn.functional.pad(m.codes.t(), (0, -len(m.codes) % 5)).unflatten(1, (-1, 5))
+        words = (fives.long() << (6 * torch.arange(5))).sum(-1)
+        return ct_parts(m, bits) | {"weight_packed": words.int()}
+
+    folder = foreign_folder(tmp_path / "m", ct_said(6, True, 32, None), padded, bits=6)
     with pytest.raises(FewbitError, match="does not fit together"):
         fewbit.load(folder.path)
 

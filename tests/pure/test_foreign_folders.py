@@ -261,13 +261,29 @@ def ct_parts(m: Made, bits: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("actorder", [None, "weight", "static"])
-@pytest.mark.parametrize(("bits", "symmetric", "group"), [(4, True, 32), (4, False, 32), (8, True, -1), (8, False, 16)])
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "group"),
+    [
+        (4, True, 32), (4, False, 32), (8, True, -1), (8, False, 16), (2, True, 32), (3, False, 32), (5, True, 16),
+        (6, False, -1), (7, True, 32),
+    ],
+)  # fmt: skip
 def test_what_llm_compressor_writes(
     tmp_path: Path, bits: int, symmetric: bool, group: int, actorder: str | None
 ) -> None:
     said = ct_said(bits, symmetric, group, actorder)
     folder = foreign_folder(tmp_path / "m", said, ct_parts, bits, group, symmetric)
     same_weights(folder, f"int{bits}{f'g{group}' if group > 0 else ''}{'' if symmetric else 'a'}")
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_its_words_are_those_of_compressed_tensors(bits: int) -> None:
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    m = make(40, 96, bits, 32, symmetric=False)
+    shifted = (m.codes.t() - 2 ** (bits - 1)).to(torch.int8).contiguous()
+    assert torch.equal(ct_parts(m, bits)["weight_packed"], helpers.pack_to_int32(shifted, bits))
+    shifted = (m.zeros.t() - 2 ** (bits - 1)).to(torch.int8).contiguous()
+    assert torch.equal(ct_parts(m, bits)["weight_zero_point"], helpers.pack_to_int32(shifted, bits, packed_dim=0))
 
 
 def ct_ordered(m: Made, bits: int) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fewbit
-from fewbit.checkpoint import _folder, _schemes
+from fewbit.checkpoint import _folder
 from fewbit.checkpoint._safetensors import Shards
-from fewbit.checkpoint._schemes import Schemes
 from fewbit.errors import FewbitError
 from fewbit.layers import RopeArgs
 from fewbit.models import llama
@@ -355,109 +353,6 @@ def test_config_groups_that_are_broken(tiny_folder: Path, tmp_path: Path, groups
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
     with pytest.raises(FewbitError):
         open_source(tmp_path / "q")
-
-
-def schemes(*targets: str) -> Schemes:
-    weights = {"type": "int", "num_bits": 4, "strategy": "channel", "symmetric": True}
-    return Schemes({"config_groups": {"a": {"targets": list(targets), "weights": weights}}})
-
-
-def test_patterns_match_from_the_beginning_and_take_no_long_time() -> None:
-    found = schemes(r"re:model\.layers\.\d+\.mlp\.(gate|up)_proj$", "re:mlp")
-    assert found.find("model.layers.3.mlp.up_proj.weight") is not None
-    assert found.find("model.layers.3.mlp.down_proj.weight") is None
-    start = time.process_time()
-    slow = schemes("re:(?:a|aa|aaa)+$")
-    with pytest.raises(FewbitError, match="pattern"):
-        slow.find("a" * 200 + "b")
-    assert time.process_time() - start < 10
-
-
-def test_all_matches_of_a_folder_share_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_schemes, "PATTERN_SECONDS", 0.5)
-    # about 0.1 s each: 200 names would take 20 s with a deadline of their own
-    found = schemes("re:(?:a|aa)+$")
-    start, took = time.monotonic(), 0
-    with pytest.raises(FewbitError, match="pattern"):
-        for took in range(200):  # noqa: B007
-            found.find("a" * 24 + "b")
-    assert 0 < took < 199
-    assert time.monotonic() - start < 5
-
-
-def nested(repeat: str, depth: int) -> str:
-    return "(?:" * depth + "a" + f"){repeat}" * depth
-
-
-@pytest.mark.parametrize(
-    ("pattern", "words"),
-    [
-        ("(?:(?:(?:(?:(?:ab?){99}){99}){99}){99}){99}", "repeats too often"),
-        (nested("{1,99}", 40), "repeats too often"),
-        (nested("{2}", 30), "repeats too often"),
-        (nested("{3,}", 20), "repeats too often"),
-        (nested("+", 100), "repeats too often"),
-        (nested("++", 40), "repeats too often"),
-        ("(?:a{50}b{50}c?){50}", "repeats too often"),
-        ("a{99999999999999999999}", "repeats too often"),
-        ("[(]{5000}", "repeats too often"),
-        (r"\({5000}", "repeats too often"),
-        ("a" * 513, "has 513 characters"),
-        # 40 groups that end after 512 characters
-        ("a" * 505 + nested("{1,99}", 40), "characters"),
-        # blanks and comments that would hide what a repeat belongs to, recursion, and repeats of other kinds
-        ("(?x)(?:(?:a{30}) {30}) {30}", "never need"),
-        ("(?:(?:a{30})(?#){30})(?#){30}", "never need"),
-        ("(?:a(?R)?)", "never need"),
-        ("(?:a){e<=99}", "never need"),
-        ("(?V1)[[a]--[b]]", "never need"),
-        ("a)", "never need"),
-        ("((a)", "never need"),
-    ],
-)
-def test_patterns_that_grow_are_refused_before_they_are_compiled(
-    monkeypatch: pytest.MonkeyPatch, pattern: str, words: str
-) -> None:
-    # compiled, some of them take gigabytes: no test waits for that
-    monkeypatch.setattr(_schemes.regex, "compile", lambda *_: pytest.fail("it was compiled"))
-    with pytest.raises(FewbitError, match=words) as caught:
-        schemes(f"re:{pattern}")
-    assert len(str(caught.value)) < 500
-
-
-@pytest.mark.parametrize(
-    ("pattern", "steps"),
-    [
-        ("", 0), ("abc", 3), (r"a\.b", 3), ("[]abc]x", 2), (r"[^]\]{9}]{3}", 3), ("a?b*", 2), ("ab+", 3), ("a{3}", 3),
-        ("a{2,5}?", 5), ("a{2,}", 3), ("a{,7}", 7), ("a{0}", 1), ("(ab){3}c", 10), ("(?:(?:ab){2}c){3}", 21),
-        (r".*layers\.(?:1|2|3)\.mlp\.(?:gate|up)_proj$", 43), ("(?!x)(?P<n>y)(?<=z)(?i:w)", 8), ("(?i)a", 1),
-    ],
-)  # fmt: skip
-def test_the_size_of_a_pattern_by_hand(pattern: str, steps: int) -> None:
-    assert _schemes._steps(pattern) == steps
-
-
-def test_every_pattern_is_compiled_once_and_they_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled, real = [], _schemes.regex.compile
-    monkeypatch.setattr(_schemes.regex, "compile", lambda source: compiled.append(source) or real(source))
-    found = schemes("re:a", "re:b", "re:a", "Linear", *[f"m.{i}" for i in range(5000)])
-    for i in range(100):
-        found.find(f"b.{i}.weight")
-    assert compiled == ["a", "b"]
-    with pytest.raises(FewbitError, match="64 patterns"):
-        schemes(*[f"re:{i}" for i in range(65)])
-
-
-def test_a_pattern_that_runs_out_of_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any, **__: Any) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(_schemes.regex, "compile", fails)
-    with pytest.raises(FewbitError, match="MemoryError"):
-        schemes("re:a")
-    monkeypatch.setattr(_schemes.regex, "compile", lambda _: SimpleNamespace(match=fails))
-    with pytest.raises(FewbitError, match="MemoryError"):
-        schemes("re:a").find("a")
 
 
 def test_a_weight_file_is_answered_with_its_folder(tiny_folder: Path) -> None:

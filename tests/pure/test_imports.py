@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": LOW | {"config_values", "formats"},
     "tokenizer": {"errors", "checkpoint"},
     "scoring": {"tokenizer"},
+    "quality": {"scoring"},
     "documents": {"errors"},
     "calibration": {"errors", "tokenizer", "documents"},
     "source": LOW | {"formats", "models", "checkpoint", "store"},
@@ -46,9 +47,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_IMPORT["self_calibration"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
 MAY_IMPORT["quantizer"] = MAY_IMPORT["walk"] | {"walk", "models", "tokenizer", "store", "calibration"}
 MAY_IMPORT["quantizer"] |= {"self_calibration"}
-MAY_IMPORT["evaluator"] = MAY_IMPORT["runtime"] | {"runtime", "calibration", "scoring", "reference_cache"}
+MAY_IMPORT["evaluator"] = MAY_IMPORT["runtime"] | {"runtime", "calibration", "scoring", "reference_cache", "quality"}
 MAY_IMPORT["tasks"] = MAY_IMPORT["runtime"] | {"runtime"}
-MAY_IMPORT["report"] = {"errors", "qtensor", "formats", "models", "source", "evaluator"}
+MAY_IMPORT["report"] = {"errors", "qtensor", "formats", "models", "source", "evaluator", "quality"}
 # the public names and the command line stand above all
 TOP = {"__init__", "cli"}
 # the compiled kernels are read through the kernels package

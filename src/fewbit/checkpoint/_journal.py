@@ -42,15 +42,10 @@ class Journal:
         if not _is_ours(folder) or not (folder / LOCK).is_file() or (folder / LOCK).is_symlink():
             return None
         lock = _locked(folder)
-        try:
-            found = json.loads((folder / NAME).read_text(encoding="utf-8"))
-            fingerprint, done = found["fingerprint"], found["done"]
-        except (OSError, ValueError, KeyError, TypeError):
-            fingerprint = done = None
-        if not isinstance(fingerprint, dict) or not isinstance(done, list):
+        if (found := _read(folder)) is None:
             lock.close()
             return None
-        return cls(folder, fingerprint, [str(unit) for unit in done], lock)
+        return cls(folder, *found, lock)
 
     def save(self) -> None:
         """Write beside, bring to the disk, rename."""
@@ -79,8 +74,9 @@ class Journal:
 
     def remove(self) -> None:
         """The output is whole and has its name: nothing of the journal stays in it."""
-        (self.folder / NAME).unlink(missing_ok=True)
         (self.folder / LOCK).unlink(missing_ok=True)
+        # last: as long as it is there, `tidy` knows what to do
+        (self.folder / NAME).unlink(missing_ok=True)
         self.close()
 
     def discard(self) -> None:
@@ -117,8 +113,24 @@ def busy(folder: Path) -> FewbitError:
 
 def tidy(out: Path) -> None:
     """Remove the journal of a whole output whose maker was killed right after it gave the folder its name."""
-    if (out / NAME).is_file() and (found := Journal.reopen(out)) is not None:
-        found.remove()
+    if not _is_ours(out) or _read(out) is None:
+        return
+    if (out / LOCK).is_file():
+        _locked(out).close()
+    (out / LOCK).unlink(missing_ok=True)
+    (out / NAME).unlink(missing_ok=True)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], list[str]] | None:
+    """Fingerprint and finished units; None where there is no journal, or not one of ours."""
+    try:
+        found = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        fingerprint, done = found["fingerprint"], found["done"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not isinstance(fingerprint, dict) or not isinstance(done, list):
+        return None
+    return fingerprint, [str(unit) for unit in done]
 
 
 def sweep(pattern: str, parent: Path) -> None:

@@ -111,15 +111,18 @@ class ShardWriter:
         text += b" " * (-len(text) % 8)
         self.start = 8 + len(text)
         beginning = len(text).to_bytes(8, "little") + text
+        damaged = FewbitError(
+            "The unfinished output is damaged.",
+            f"{path} is not the file this command began.",
+            "Start again: the same command with --restart.",
+        )
+        if resume and (path.is_symlink() or not path.is_file()):
+            raise damaged
         self.file = path.open("r+b" if resume else "w+b")
         if resume:
             if self.file.read(len(beginning)) != beginning or path.stat().st_size != self.start + end:
                 self.file.close()
-                raise FewbitError(
-                    "The unfinished output is damaged.",
-                    f"{path} is not the file this command began.",
-                    "Start again: the same command with --restart.",
-                )
+                raise damaged
         else:
             self.file.write(beginning)
             self.file.truncate(self.start + end)

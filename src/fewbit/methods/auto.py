@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# by effort 0 to 3; measured on SmolLM2-135M, windows 65-128 of the protocol (docs/benchmarks.md)
+# by effort 0 to 3; SmolLM2-135M, windows 65-128 of the protocol (docs/benchmarks.md)
 BY_EFFORT = ("rtn", "gptq", "gptq", "tuned")
 
 
