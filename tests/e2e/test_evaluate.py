@@ -36,7 +36,7 @@ def text(tmp_path: Path) -> Path:
 def test_figures_equal_a_loop_over_transformers(tiny_folder: Path, tmp_path: Path, text: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    fewbit.quantize(tiny_folder, tmp_path / "q", format="int4g32", head="16bit")
+    fewbit.quantize(tiny_folder, tmp_path / "q", format="int4g32", method="rtn", head="16bit")
     found = fewbit.evaluate(tmp_path / "q", tiny_folder, text, exact=True)[0]
     one, two = (AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in (tiny_folder, tmp_path / "q"))
     ids = fewbit.load(tiny_folder).tokenizer.encode(TEXT)
@@ -235,7 +235,7 @@ def measured(tiny_folder: Path, tmp_path: Path, text: Path) -> list[Quality]:
     second = tmp_path / "other.txt"
     second.write_text(TEXT[::-1][:700])
     for form in ("int8", "int4g32", "int3g32"):
-        fewbit.quantize(tiny_folder, tmp_path / form, format=form, head="16bit")
+        fewbit.quantize(tiny_folder, tmp_path / form, format=form, method="rtn", head="16bit")
     models = [tmp_path / form for form in ("int4g32", "int8", "int3g32")]
     return fewbit.evaluate(models, tiny_folder, {"prose": text, "code": second}, exact=True)
 
@@ -295,7 +295,7 @@ def test_the_paired_error_is_that_over_windows(
 
 
 def test_two_of_the_same_are_not_told_apart(tiny_folder: Path, tmp_path: Path, text: Path) -> None:
-    fewbit.quantize(tiny_folder, tmp_path / "q", format="int4g32")
+    fewbit.quantize(tiny_folder, tmp_path / "q", format="int4g32", method="rtn")
     _, second = fewbit.evaluate([tmp_path / "q"] * 2, tiny_folder, text, windows=1)
     assert second.paired is not None
     assert (second.paired.difference, second.paired.verdict) == (0, "not distinguishable")

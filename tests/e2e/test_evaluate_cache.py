@@ -49,7 +49,7 @@ def wide(tmp_path: Path) -> Path:
 @pytest.fixture
 def candidates(wide: Path, tmp_path: Path) -> list[Path]:
     for form in ("int8", "int4g32", "int3g32"):
-        fewbit.quantize(wide, tmp_path / form, format=form, head="16bit")
+        fewbit.quantize(wide, tmp_path / form, format=form, method="rtn", head="16bit")
     return [tmp_path / form for form in ("int8", "int4g32", "int3g32")]
 
 
@@ -252,7 +252,7 @@ def test_a_cache_that_can_not_be_written_costs_only_time(
 
 def test_vocabularies_beyond_16_bits(tmp_path: Path, text: Path) -> None:
     folder = write_folder(tmp_path / "huge", vocab_size=70_000, num_hidden_layers=1)
-    fewbit.quantize(folder, tmp_path / "q", format="int4g32", head="16bit")
+    fewbit.quantize(folder, tmp_path / "q", format="int4g32", method="rtn", head="16bit")
     (plain,), (found,) = [
         fewbit.evaluate(tmp_path / "q", folder, text, exact=True, windows=2, cache=True) for _ in range(2)
     ]

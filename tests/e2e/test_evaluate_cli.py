@@ -51,7 +51,7 @@ def texts(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def models(tiny_folder: Path, tmp_path: Path) -> list[Path]:
     for form in ("int8", "int4g32", "int3g32"):
-        fewbit.quantize(tiny_folder, tmp_path / form, format=form, head="16bit")
+        fewbit.quantize(tiny_folder, tmp_path / form, format=form, method="rtn", head="16bit")
     return [tmp_path / form for form in ("int4g32", "int8", "int3g32")]
 
 

@@ -126,8 +126,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
         patch.setenv("XDG_DATA_HOME", str(here / "data"))
         reference = write_folder(here / "tiny")
         four, three = here / ATTACK_NAME, here / "int3"
-        fewbit.quantize(reference, four, format="int4g32")
-        fewbit.quantize(reference, three, format="int3g64a")
+        fewbit.quantize(reference, four, format="int4g32", method="rtn")
+        fewbit.quantize(reference, three, format="int3g64a", method="rtn")
         paired = Paired(0.3408, 0.0021, "higher")
         one, two = quality(three, 0.412).domains
         domains = (one, replace(two, paired=Paired(-0.0021, 0.0017, "not distinguishable")))
@@ -399,8 +399,8 @@ def test_rescaled_channels_are_not_shown_as_rounding(tmp_path: Path) -> None:
     write_folder(tmp_path / "folded", folded)
     rounded = {name: w.half() if "norm" in name else w.clone() for name, w in original.items()}
     write_folder(tmp_path / "rounded", rounded)
-    fewbit.quantize(tmp_path / "folded", tmp_path / "awq", format="int4g32")
-    fewbit.quantize(tmp_path / "rounded", tmp_path / "q", format="int4g32")
+    fewbit.quantize(tmp_path / "folded", tmp_path / "awq", format="int4g32", method="rtn")
+    fewbit.quantize(tmp_path / "rounded", tmp_path / "q", format="int4g32", method="rtn")
     small = write_folder(tmp_path / "small", random_weights(CONFIG | {"intermediate_size": 96}), intermediate_size=96)
     models = [tmp_path / "q", tmp_path / "awq", small]
     write_report(
@@ -516,7 +516,7 @@ def test_characters_that_hide_are_shown() -> None:
 
 
 def test_one_candidate_needs_no_choice(tiny_folder: Path, tmp_path: Path) -> None:
-    fewbit.quantize(tiny_folder, tmp_path / "q", format="int8")
+    fewbit.quantize(tiny_folder, tmp_path / "q", format="int8", method="rtn")
     one = replace(quality(tmp_path / "q"), domains=quality("x").domains[:1], cache_error=0.000012)
     write_report(tmp_path / "out.html", str(tiny_folder), [one])
     found = Page((tmp_path / "out.html").read_text(encoding="utf-8"))
