@@ -31,20 +31,10 @@ def quantize(w: Tensor, fmt: Format, stats: Stats, target: Target) -> QTensor:
         w = drift_corrected(w, hessian, stats["cross"])
     order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(hessian[order][:, order], target.note)
-    params = fmt.fit(w, saliency(order, factor), target.dtype, target.search)
+    params = fmt.fit(w, importance(hessian), target.dtype, target.search)
     codes = rounded(w, fmt, params, order, factor)
     codes, params = refine(w, damped(hessian), fmt, codes, params, order, ROUNDS[target.effort])
     return fmt.pack(codes, params)
-
-
-def saliency(order: Tensor, factor: Tensor) -> Tensor:
-    """What a squared error in each column costs after all other columns made good what they can: 1 / [H^-1]_jj, [in]
-    (Hassibi and Stork 1993, eq. 5). `factor` is the upper Cholesky factor of H^-1 with columns in `order`.
-    """
-    found = torch.empty_like(factor.diagonal())
-    # H^-1 = U^T U, so its diagonal is the squared norms of U's columns
-    found[order] = 1 / factor.square().sum(0)
-    return found
 
 
 def importance(hessian: Tensor) -> Tensor:
