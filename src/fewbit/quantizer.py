@@ -28,6 +28,9 @@ from fewbit.models import WeightInfo
 from fewbit.source import FLOATS, Source, describe, open_source
 from fewbit.walk import Log, Progress, Walk, device_of, identity
 
+# tokens of a calibration window
+WINDOW = 512
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -79,7 +82,7 @@ class Options:
     effort: int = 1
     calibration: str | None = None
     windows: int | None = None
-    length: int = 512
+    length: int | None = None
     drift: bool = False
     prefix: str = "quantized"
     device: str = "auto"
@@ -145,7 +148,7 @@ def quantize(
     scales       `search` (least squared error) or `minmax` (textbook)
     effort       0 to 3: more time for less loss
     calibration  None (the text that comes with fewbit), a text file, `self`, or a dataset of the hub
-    windows, length   calibration windows and their tokens
+    windows, length   calibration windows (128) and their tokens (512, or the model's context where it is shorter)
     drift        let each linear make good what the quantized prefix changed (asymmetric calibration)
     prefix       calibrate on what the `quantized` prefix hands on, or on the `original` model's activations
     device       `auto`, `cpu`, `cuda`, `cuda:1`
@@ -202,11 +205,12 @@ def _calibration(
         _unused(asked)
         return None
     limit = source.args.max_position_embeddings
-    if asked.length > limit:
+    length = min(limit, WINDOW) if asked.length is None else asked.length
+    if length > limit:
         raise FewbitError(
-            f"Calibration windows of {asked.length:,} tokens are too long.",
+            f"Calibration windows of {length:,} tokens are too long.",
             f"{source.name} was made for at most {limit:,}.",
-            f"Use --length {min(limit, 512)}.",
+            f"Use --length {min(limit, WINDOW)}.",
         )
     from fewbit.tokenizer import Tokenizer
 
@@ -215,9 +219,7 @@ def _calibration(
 
         return self_calibration.write(source.path, count, length, progress=progress)
 
-    found = collect_windows(
-        asked.calibration, Tokenizer(source.checkpoint.tokenizer()), asked.windows, asked.length, write
-    )
+    found = collect_windows(asked.calibration, Tokenizer(source.checkpoint.tokenizer()), asked.windows, length, write)
     most = int(found.windows.max())
     if most >= source.args.vocab_size:
         raise FewbitError(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -476,6 +476,7 @@ def test_a_model_that_broke_is_said_to_have(tiny_folder: Path, tmp_path: Path) -
 
 
 @given(st.lists(st.floats(1e-6, 10), min_size=1, max_size=20))
+@example([1.375])
 def test_labels_do_not_lie_over_one_another(losses: list[float]) -> None:
     low, high = charts._log_domain([quality(str(i), kl) for i, kl in enumerate(losses)])
     assert low < min(losses)

@@ -60,7 +60,7 @@ def _add_calibration(parser: Parser) -> None:
         help="a text or .jsonl file, owner/name of a hub dataset, or self: the model writes it (default: fewbit's own)",
     )
     group.add_argument("--windows", type=count, metavar="N", help="windows of text (default 128)")
-    group.add_argument("--length", type=count, default=512, metavar="N", help="tokens a window (default %(default)s)")
+    group.add_argument("--length", type=count, metavar="N", help="tokens a window (default 512)")
     group.add_argument(
         "--drift", action="store_true", help="let each linear make good what the quantized ones before it changed"
     )

@@ -255,7 +255,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
         found = [float(f"{tick:.3g}") for tick in found if low <= tick <= high]
         if len(found) >= 3:
             break
-    return found
+    # a narrow range may have no round figure in it
+    return found or [float(f"{math.sqrt(low * high):.4g}")]
 
 
 def _spread_labels(at: dict[int, float], low: float, high: float, height: int) -> dict[int, float]:
