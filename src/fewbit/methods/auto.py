@@ -1,8 +1,11 @@
-"""What measured best at each effort: round to nearest, GPTQ, or GPTQ and tuned rounding."""
+"""What `auto` stands for at each effort: round to nearest, GPTQ, or tuned rounding.
+
+One choice for all widths so far, by int3g64 and int4g64; AWQ and both together were not measured beside them yet.
+"""
 
 from __future__ import annotations
 
-# by effort 0 to 3; SmolLM2-135M, windows 65-128 of the protocol (docs/benchmarks.md)
+# by effort 0 to 3; figures in docs/benchmarks.md
 BY_EFFORT = ("rtn", "gptq", "gptq", "tuned")
 
 
