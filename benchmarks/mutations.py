@@ -251,7 +251,7 @@ MUTATIONS = [
     ),
     Mutation("tuned: no steps", TUNED, "optimizer.step()", "pass"),
     Mutation("tuned: uphill", TUNED, "loss.backward()", "(-loss).backward()"),
-    Mutation("tuned: levels are not trained", TUNED, '"lr": LEVEL_RATE', '"lr": 0.0'),
+    Mutation("tuned: levels are not trained", TUNED, "[LEVEL_REACH] *", "[0.0] *"),
 ]
 
 

@@ -17,8 +17,8 @@ from fewbit.layers import Weights
 from fewbit.qtensor import QTensor
 from fewbit.source import Source
 
-# what a watcher is shown: the linear and its input [T, in]
-Watcher = Callable[["FloatLinear", Tensor], None]
+# what a watcher is shown: the linear, its input [T, in] and its output [T, out]
+Watcher = Callable[["FloatLinear", Tensor, Tensor], None]
 Reader = Callable[[str], QTensor]
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -69,10 +69,12 @@ class FloatLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, sum of outs]."""
-        if self.watcher is not None:
-            self.watcher(self, x)
         y = F.linear(x.to(self.product), self.weight.to(self.product)).float()
-        return y if self.bias is None else y + self.bias
+        if self.bias is not None:
+            y = y + self.bias
+        if self.watcher is not None:
+            self.watcher(self, x, y)
+        return y
 
 
 @dataclass(frozen=True)
@@ -127,18 +129,19 @@ class FloatBlock:
         self.prefix = source.module.BLOCK.format(index)
         self.inner = source.module.Block(source.args, weights, self.prefix)
         self.linears, self.vectors = weights.linears, weights.vectors
-        self.rope = source.module.rope(source.args)
+        # angles of one window: the same for all
+        cos, sin = source.module.rope(source.args)(torch.arange(length))
+        self.cos, self.sin = cos.to(device), sin.to(device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [n, length, d] -> the same shape."""
         n = len(x)
-        positions = torch.arange(self.length).repeat(n)
-        cos, sin = (t.to(self.device, x.dtype) for t in self.rope(positions))
+        cos, sin = (t.to(x.dtype).repeat(n, 1) for t in (self.cos, self.sin))
         return self.inner(x.flatten(0, 1), cos, sin, _NO_CACHE).unflatten(0, (n, self.length))  # type: ignore[no-any-return]
 
     @contextmanager
     def watched(self, watcher: Watcher) -> Iterator[None]:
-        """Shows `watcher` the input of every linear that runs inside."""
+        """Shows `watcher` inputs and outputs of every linear that runs inside."""
         for linear in self.linears:
             linear.watcher = watcher
         try:

@@ -23,13 +23,17 @@ from fewbit.source import FLOATS, Source
 BATCH_TOKENS = 2048
 # tuning a block takes about this many times as long as finding what it begins with
 TUNING = 10
+# evenly spread rows that round to nearest is tried on beside the method
+COMPARED_ROWS = 256
 # x^T x is symmetric: computed in strips of rows it takes 5/8 of the work, and narrower strips multiply slower
 STRIPS, LEAST_STRIP = 4, 128
 
 
 @dataclass(frozen=True)
 class Line:
-    """What came of one matrix: squared output error relative to the output, of the method and of round to nearest."""
+    """What came of one matrix: squared output error relative to the output, of the method and of round to nearest, on
+    COMPARED_ROWS of its rows.
+    """
 
     block: int
     name: str
@@ -41,6 +45,14 @@ class Line:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the log."""
         return {k: getattr(self, k) for k in ("block", "name", "spec", "error", "rtn_error", "seconds")}
+
+
+@dataclass(frozen=True)
+class Goals:
+    """What the full-precision model's block gives [n, length, d], and how much each channel [d] of it counts."""
+
+    outputs: Tensor
+    channels: Tensor
 
 
 @dataclass
@@ -70,17 +82,20 @@ def propagate(block: FloatBlock, hidden: Tensor) -> None:
 
 
 @torch.no_grad()
-def collect(block: FloatBlock, hidden: Tensor, reference: Tensor | None) -> list[Stats]:
+def collect(block: FloatBlock, hidden: Tensor, reference: Tensor | None, weights: Tensor | None = None) -> list[Stats]:
     """Statistics of each linear's input, in the order of `block.linears`.
 
     hidden     [n, length, d], what the quantized prefix hands on
     reference  the same of the full-precision model: then `cross` is collected too
+    weights    what each position of a window counts in a linear's means [linears, length]; None: all the same
     """
     sums: list[Stats] = [{} for _ in block.linears]
     place = {id(linear): i for i, linear in enumerate(block.linears)}
     seen: list[Tensor] = [torch.empty(0)] * len(sums)
+    even = torch.ones(len(sums), hidden.shape[1])
+    roots = (even if weights is None else weights).sqrt().to(block.device)
 
-    def keep(linear: FloatLinear, x: Tensor) -> None:
+    def keep(linear: FloatLinear, x: Tensor, _: Tensor) -> None:
         seen[place[id(linear)]] = x
 
     with block.watched(keep):
@@ -89,10 +104,12 @@ def collect(block: FloatBlock, hidden: Tensor, reference: Tensor | None) -> list
             ours = list(seen)
             if reference is not None:
                 block(reference[part].to(block.device, torch.float32))
-            for stats, x_in, y_in in zip(sums, ours, seen, strict=True):
-                _add_gram(stats, x_in)
+            for i, (stats, x_in, y_in) in enumerate(zip(sums, ours, seen, strict=True)):
+                weigh = roots[i].repeat(len(x))[:, None]
+                weighted = x_in * weigh
+                _add_gram(stats, weighted)
                 if reference is not None:
-                    _add_cross(stats, y_in, x_in)
+                    _add_cross(stats, y_in * weigh, weighted)
     tokens = hidden.shape[0] * hidden.shape[1]
     for i, stats in enumerate(sums):
         upper = stats["hessian"].triu_()
@@ -145,7 +162,7 @@ class BlockSolver:
         block: FloatBlock,
         stats: list[Stats],
         hidden: Tensor,
-        goals: Tensor | None,
+        goals: Goals | None,
         report: Callable[[str, int, int], None],
     ) -> Solved:
         """Every tensor of the block in its format; `block` holds the quantized weights afterwards."""
@@ -227,7 +244,7 @@ class BlockSolver:
         originals: list[Tensor],
         solved: list[list[tuple[Format, QTensor]]],
         hidden: Tensor,
-        goals: Tensor,
+        goals: Goals,
         report: Callable[[str, int, int], None],
     ) -> list[list[tuple[Format, QTensor]]]:
         if any(len(parts) > 1 for parts in solved):
@@ -236,7 +253,7 @@ class BlockSolver:
 
         def batch(count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
             pick = torch.randperm(len(hidden), generator=random)[:count]
-            return hidden[pick].to(block.device, torch.float32), goals[pick].to(block.device, torch.float32)
+            return hidden[pick].to(block.device, torch.float32), goals.outputs[pick].to(block.device, torch.float32)
 
         part = BlockPart(
             block,
@@ -244,6 +261,7 @@ class BlockSolver:
             originals,
             [parts[0] for parts in solved],
             batch,
+            goals.channels.to(block.device),
             len(hidden),
             lambda done, total: report("tuning", total + (TUNING - 1) * done, TUNING * total),
         )
@@ -271,9 +289,10 @@ class BlockSolver:
                 fmt, q = next(stack)
                 first = row
             taken = fmt.take(q, torch.arange(row - first, row - first + rows, device=block.device))
-            w = original[row : row + rows]
+            some = torch.arange(0, rows, -(-rows // COMPARED_ROWS), device=block.device)
+            w = original[row : row + rows][some]
             scale = max(output_error(w, hessian), 1e-30)
-            error = output_error(fmt.dequantize(taken) - w, hessian) / scale
+            error = output_error(fmt.dequantize(fmt.take(taken, some)) - w, hessian) / scale
             plain = 0.0
             if q.spec not in FLOATS:
                 plain = output_error(fmt.dequantize(rtn.quantize(w, fmt, {}, self.target)) - w, hessian) / scale

@@ -16,6 +16,7 @@ from fewbit.calibrated import BATCH_TOKENS, collect, propagate
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
 from fewbit.methods import Target
+from fewbit.sensitivity import LOGITS, PROBES
 from fewbit.source import FLOATS, Source
 
 GIB = 2**30
@@ -27,6 +28,8 @@ BLOCK_COPIES = 3
 TUNED_COPIES, TUNED_WIDE_COPIES = 14, 12
 # activations of one batch that are alive at once, in units of the widest layer's
 WIDE_COPIES = 6
+# of one slice of logits: themselves, their softmax, its running sum, casts
+LOGIT_COPIES = 5
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def needed(source: Source, hidden: Tensor, with_goals: bool, offload: bool, tuned: int = 0) -> tuple[int, int]:
+def needed(
+    source: Source, hidden: Tensor, with_goals: bool, offload: bool, tuned: int = 0, weighted: bool = False
+) -> tuple[int, int]:
     """(bytes of one block's work, bytes of the hidden states kept in memory); `tuned`: windows of a tuning step."""
     shapes = [w.shape for w in source.weights if w.role == "linear" and w.block == 0]
     weights = sum(out * columns for out, columns in shapes)
@@ -60,30 +65,35 @@ def needed(source: Source, hidden: Tensor, with_goals: bool, offload: bool, tune
     work = BLOCK_COPIES * weights + hessians + WIDE_COPIES * tokens * widest
     if tuned:
         work = max(work, TUNED_COPIES * weights + TUNED_WIDE_COPIES * tuned * hidden.shape[1] * widest)
+    if weighted:
+        head = source.args.vocab_size * source.args.hidden_size
+        back = (BLOCK_COPIES - 1) * weights + TUNED_WIDE_COPIES * tokens * widest
+        work = max(work, back, head // 2 + LOGIT_COPIES * LOGITS)
     state = 0 if offload else hidden.numel() * (2 if with_goals else 1)
     return 4 * work, 4 * state
 
 
 def check(
     source: Source,
-    index: int,
     hidden: Tensor,
     blocks: int,
     with_goals: bool,
+    weighted: bool,
     modules: list[ModuleType],
     target: Target,
     device: torch.device,
     spec: Callable[[str], str],
     offload: bool,
 ) -> Preflight:
-    """Runs one batch through block `index` and quantizes its largest layer. FewbitError where memory is short."""
-    work, state = needed(source, hidden, with_goals, offload, getattr(modules[-1], "WINDOWS", 0))
+    """Runs one batch through the first block and quantizes its largest layer. FewbitError where memory is short."""
+    work, state = needed(source, hidden, with_goals, offload, getattr(modules[-1], "WINDOWS", 0), weighted)
     on_gpu = device.type == "cuda"
-    found = Preflight(state + (0 if on_gpu else work), work if on_gpu else 0, 0.0)
+    resident = state if hidden.device.type == "cuda" else 0
+    found = Preflight(state - resident + (0 if on_gpu else work), resident + work if on_gpu else 0, 0.0)
     _enough(found, device)
     few = hidden[: max(1, BATCH_TOKENS // hidden.shape[1])].clone()
     start = time.perf_counter()
-    block = FloatBlock(source, index, hidden.shape[1], device, product=fast_product(source, device))
+    block = FloatBlock(source, 0, hidden.shape[1], device, product=fast_product(source, device))
     loading = time.perf_counter() - start
     start = time.perf_counter()
     stats = collect(block, few, None)
@@ -98,6 +108,10 @@ def check(
     solving = time.perf_counter() - start
     cost = [x.weight.numel() * x.weight.shape[1] for x in block.linears]
     seconds = (loading * 2 + running + solving * sum(cost) / cost[place]) * blocks
+    if weighted:
+        # forward, forward again and backward, where the walk runs twice forward; the head like so much of a block
+        head = source.args.vocab_size * source.args.hidden_size / sum(x.weight.numel() for x in block.linears)
+        seconds += 1.5 * running * (source.args.num_hidden_layers + head) * min(PROBES, len(hidden)) / len(hidden)
     if hasattr(modules[-1], "STEPS"):
         # a step runs its windows forward and twice as long backward
         seconds += modules[-1].STEPS[target.effort] * modules[-1].WINDOWS / len(hidden) * 3 * running * blocks

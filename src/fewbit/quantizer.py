@@ -30,6 +30,8 @@ from fewbit.walk import Log, Progress, Walk, device_of, identity
 
 # tokens of a calibration window
 WINDOW = 512
+# the share of the drift to correct where it is asked for: all of it ruins small models
+DRIFT = 0.25
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,9 @@ class Options:
     calibration: str | None = None
     windows: int | None = None
     length: int | None = None
-    drift: bool = False
+    drift: float = 0.0
     prefix: str = "quantized"
+    weighting: str = "loss"
     device: str = "auto"
     offload: bool = False
     restart: bool = False
@@ -92,6 +95,13 @@ class Options:
     def __post_init__(self) -> None:
         _known("scales", self.scales, ("search", "minmax"))
         _known("prefix", self.prefix, ("quantized", "original"))
+        _known("weighting", self.weighting, ("loss", "even"))
+        if not 0 <= self.drift <= 1:
+            raise FewbitError(
+                f"There is no drift of {self.drift:g}.",
+                "It is the share of the prefix's drift that linears make good, 0 to 1.",
+                f"Use --drift {DRIFT}.",
+            )
         if self.prefix == "original" and self.drift:
             raise FewbitError(
                 "--drift has nothing to correct under --prefix original.",
@@ -102,6 +112,11 @@ class Options:
             raise FewbitError(f"There is no effort {self.effort}.", "Known: 0, 1, 2, 3.", "Use --effort 1.")
         for spec in (self.format, *([] if self.head == "16bit" else [self.head])):
             _writable(spec)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether tokens count by what the loss makes of them."""
+        return self.weighting == "loss"
 
     @property
     def resolved(self) -> str:
@@ -149,7 +164,9 @@ def quantize(
     effort       0 to 3: more time for less loss
     calibration  None (the text that comes with fewbit), a text file, `self`, or a dataset of the hub
     windows, length   calibration windows (128) and their tokens (512, or the model's context where it is shorter)
-    drift        let each linear make good what the quantized prefix changed (asymmetric calibration)
+    drift        share (0 to 1) of what the quantized prefix changed that each linear makes good (asymmetric
+                 calibration)
+    weighting    tokens count by the `loss` (its squared gradients), or `even`
     prefix       calibrate on what the `quantized` prefix hands on, or on the `original` model's activations
     device       `auto`, `cpu`, `cuda`, `cuda:1`
     offload      keep calibration activations on disk
@@ -234,6 +251,7 @@ def _unused(asked: Options) -> None:
     """FewbitError where something was asked for that a method without calibration has no use for."""
     idle = [name for name in ("calibration", "windows", "drift", "offload") if getattr(asked, name)]
     idle += ["prefix"] if asked.prefix != "quantized" else []
+    idle += ["weighting"] if asked.weighting != "loss" else []
     if idle:
         raise FewbitError(
             f"The method {asked.resolved} looks at weights alone.",
@@ -255,7 +273,7 @@ def _facts(source: Source, asked: Options, calibration: Calibration | None) -> t
         "calibration": calibration.facts if calibration else None,
     }
     if calibration:
-        facts |= {"effort": asked.effort, "drift": asked.drift, "prefix": asked.prefix}
+        facts |= {"effort": asked.effort, "drift": asked.drift, "prefix": asked.prefix, "weighting": asked.weighting}
     device = device_of(asked.device)
     machine = {"device": str(device), "torch": torch.__version__}
     if calibration and device.type == "cpu":

@@ -7,7 +7,6 @@ were written, so a run that was stopped takes up the very same numbers by runnin
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fewbit.blocks import FloatBlock, embed, fast_product
-from fewbit.calibrated import BlockSolver, Line, Solved, collect, propagate
+from fewbit.calibrated import BlockSolver, Goals, Line, Solved, collect, propagate
 from fewbit.checkpoint import open_checkpoint
 from fewbit.checkpoint._writer import Planned, Writer
 from fewbit.errors import FewbitError
@@ -25,18 +24,24 @@ from fewbit.formats import parse
 from fewbit.methods import Target, rtn
 from fewbit.preflight import Preflight, check
 from fewbit.qtensor import QTensor
+from fewbit.scratch import mapped
+from fewbit.sensitivity import PROBES, Probe, Sensitivity
 from fewbit.source import FLOATS, Source
 
 Progress = Callable[[int, int, str], None]
 # rows of one slice hold about this many weights; a multiple of 32 rows keeps packed zero points whole
 SLICE_WEIGHTS = 1 << 24
+# activations stay on a GPU that could hold this many times as much
+ROOMY = 12
 
 
 class Settings(Protocol):
     """What the walk reads of the options."""
 
     @property
-    def drift(self) -> bool: ...
+    def drift(self) -> float: ...
+    @property
+    def weighted(self) -> bool: ...
     @property
     def prefix(self) -> str: ...
     @property
@@ -171,11 +176,17 @@ class Walk:
     def _calibrated(self, windows: Tensor, blocks: list[str], done: set[str]) -> None:
         written = open_checkpoint(self.writer.folder)
         hidden = self._hidden(windows, written.read, "hidden.bin")
-        wants_goals = bool(self.needs & {"goals"}) or self.settings.drift or self.settings.prefix == "original"
+        wants_goals = bool(self.needs & {"goals"} or self.settings.drift) or self.settings.prefix == "original"
         reference = self._hidden(windows, self.source.read, "reference.bin") if wants_goals else None
         solver = BlockSolver(self.source, self.modules, self.target, lambda name: self.plan[name].spec)
         length = windows.shape[1]
-        checked = False
+        sensitivity = None
+        if any(unit not in done for unit in blocks):
+            # now, not after an hour; this also reads the whole source once
+            for planned in self.units.values():
+                check_finite(self.source, planned)
+            self._preflight(hidden, sum(unit not in done for unit in blocks), reference is not None)
+            sensitivity = self._sensitivity(windows) if self.settings.weighted else None
         for index, unit in enumerate(blocks):
             if unit in done:
                 self._report(f"running calibration text through {unit}")
@@ -183,27 +194,45 @@ class Walk:
                 if reference is not None:
                     propagate(self._float_block(index, length), reference)
             else:
-                if not checked:
-                    # now, not after an hour; this also reads the whole source once
-                    for planned in self.units.values():
-                        check_finite(self.source, planned)
-                    self._preflight(index, hidden, len(blocks) - index, reference is not None)
-                    checked = True
-                self._block(solver, unit, index, hidden, reference)
+                self._block(solver, unit, index, hidden, reference, sensitivity)
             self.finished += _weights(self.units[unit])
             if index + 1 < len(blocks):
                 propagate(self._float_block(index, length, written.read), hidden)
 
-    def _block(self, solver: BlockSolver, unit: str, index: int, hidden: Tensor, reference: Tensor | None) -> None:
+    def _sensitivity(self, windows: Tensor) -> Sensitivity:
+        """Measured again by a run that goes on: it takes less time than a few blocks do."""
+        weights = sum(_weights(planned) for unit, planned in self.units.items() if unit.startswith("block "))
+        weights = weights * min(PROBES, len(windows)) // len(windows)
+        self.total += weights
+        probe = Probe(self.source, self.device, self.product, lambda text, share: self._report(text, weights * share))
+        found = probe.measure(windows, self.writer.folder)
+        self.finished += weights
+        return found
+
+    def _block(
+        self,
+        solver: BlockSolver,
+        unit: str,
+        index: int,
+        hidden: Tensor,
+        reference: Tensor | None,
+        sensitivity: Sensitivity | None,
+    ) -> None:
         weights = _weights(self.units[unit])
         place = f"block {index + 1} of {sum(u.startswith('block ') for u in self.units)}"
         self._report(f"{place}: running calibration text")
         block = self._float_block(index, hidden.shape[1])
         seen = reference if self.settings.prefix == "original" and reference is not None else hidden
-        stats = collect(block, seen, reference if self.settings.drift else None)
+        positions = sensitivity.positions[index] if sensitivity else None
+        stats = collect(block, seen, reference if self.settings.drift else None, positions)
+        for found in stats:
+            if "cross" in found:
+                found["cross"] = found["hessian"].lerp(found["cross"], self.settings.drift)
         if reference is not None:
             propagate(block, reference)
-        goals = reference if "goals" in self.needs else None
+        goals = None
+        if reference is not None and "goals" in self.needs:
+            goals = Goals(reference, sensitivity.channels[index] if sensitivity else torch.ones(hidden.shape[-1]))
 
         def report(name: str, part: int, parts: int) -> None:
             self._report(f"{place}: {name.removeprefix(block.prefix)}", weights * part / parts)
@@ -230,16 +259,9 @@ class Walk:
         """Embedded tokens float32 [n, length, d], in memory or in a file that lives as long as the output is made."""
         shape = (*windows.shape, self.source.args.hidden_size)
         if self.settings.offload:
-            file = self.writer.folder / name
-            with file.open("wb") as opened:
-                # a full disk is an error here; writing to a mapping without blocks behind it would kill the process
-                os.posix_fallocate(opened.fileno(), 0, 4 * torch.Size(shape).numel())
-            held = torch.from_file(str(file), shared=True, size=torch.Size(shape).numel(), dtype=torch.float32)
-            # the mapping keeps it alive; nothing of it stays behind whatever happens
-            file.unlink()
-            hidden = held.reshape(shape)
+            hidden = mapped(self.writer.folder / name, shape, torch.float32)
         else:
-            hidden = torch.empty(shape)
+            hidden = torch.empty(shape, device=self._place(shape))
         start = 0
         for part in embed(self.source, windows, read=read):
             hidden[start : start + len(part)] = part
@@ -252,10 +274,18 @@ class Walk:
             )
         return hidden
 
-    def _preflight(self, index: int, hidden: Tensor, blocks: int, with_goals: bool) -> None:
+    def _place(self, shape: tuple[int, ...]) -> torch.device:
+        """The GPU where it has plenty of room for activations: a step of tuning then moves nothing."""
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if 4 * torch.Size(shape).numel() * ROOMY <= free:
+                return self.device
+        return torch.device("cpu")
+
+    def _preflight(self, hidden: Tensor, blocks: int, with_goals: bool) -> None:
         """Tries the largest layer once and tells what the rest takes; FewbitError where it does not fit."""
         found: Preflight = check(
-            self.source, index, hidden, blocks, with_goals, self.modules, self.target, self.device,
+            self.source, hidden, blocks, with_goals, self.settings.weighted, self.modules, self.target, self.device,
             lambda name: self.plan[name].spec, self.settings.offload,
         )  # fmt: skip
         self.note(f"{found}; {self.writer.nbytes / 1e9:.2f} GB on disk")

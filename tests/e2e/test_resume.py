@@ -120,7 +120,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq"},
     "awq+gptq": {"method": "awq+gptq", "format": "int3g32a"},
     "tuned": {"method": "tuned"},
-    "drift": {"method": "gptq", "drift": True, "offload": True},
+    "drift": {"method": "gptq", "drift": 0.25, "offload": True},
 }
 
 

@@ -49,7 +49,7 @@ def test_a_changed_recipe_is_refused_with_what_changed(tiny_folder: Path, tmp_pa
         ({"effort": 2}, "effort: 1 before, 2 now"),
         ({"windows": 9}, "calibration windows: 8 before, 9 now"),
         ({"length": 33}, "calibration length: 32 before, 33 now"),
-        ({"drift": True}, "drift: false before, true now"),
+        ({"drift": 0.25}, "drift: 0.0 before, 0.25 now"),
         ({"prefix": "original"}, "prefix: quantized before, original now"),
     ]
     for change, said in changes:

@@ -97,13 +97,15 @@ def test_a_stack_is_solved_once_and_as_it_was(calls: list[tuple[Tensor, dict[str
         assert torch.equal(w, expected)
 
 
-@pytest.mark.parametrize(("prefix", "drift"), [("quantized", False), ("quantized", True), ("original", False)])
+@pytest.mark.parametrize(
+    ("prefix", "drift"), [("quantized", 0), ("quantized", 0.25), ("quantized", 1), ("original", 0)]
+)
 def test_methods_are_given_what_hooks_on_transformers_see(
-    calls: list[tuple[Tensor, dict[str, Tensor]]], tmp_path: Path, prefix: str, drift: bool
+    calls: list[tuple[Tensor, dict[str, Tensor]]], tmp_path: Path, prefix: str, drift: float
 ) -> None:
     folder = float_folder(tmp_path)
     out = tmp_path / "q"
-    fewbit.quantize(folder, out, method="gptq", prefix=prefix, drift=drift, head="int4g32", **SMALL)
+    fewbit.quantize(folder, out, method="gptq", prefix=prefix, drift=drift, weighting="even", head="int4g32", **SMALL)
     windows = windows_of(folder)
     model = transformers_model(folder)
     original = seen_by(model, windows)
@@ -119,16 +121,17 @@ def test_methods_are_given_what_hooks_on_transformers_see(
         x = (quantized if prefix == "quantized" else original)[name].double()
         y = original[name].double()
         torch.testing.assert_close(stats["hessian"], (x.t() @ x / len(x)).float(), rtol=1e-3, atol=1e-5)
-        assert ("cross" in stats) == drift
+        assert ("cross" in stats) == (drift > 0)
         if drift:
-            torch.testing.assert_close(stats["cross"], (y.t() @ x / len(x)).float(), rtol=1e-3, atol=1e-5)
+            share = drift * (y.t() @ x) + (1 - drift) * (x.t() @ x)
+            torch.testing.assert_close(stats["cross"], (share / len(x)).float(), rtol=1e-3, atol=1e-5)
         # the two prefixes are told apart
         other = (original if prefix == "quantized" else quantized)[name].double()
         assert not torch.allclose(stats["hessian"], (other.t() @ other / len(x)).float(), rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": "gptq"}, {"method": "gptq", "drift": True}, {"method": "tuned"}], ids=str
+    "options", [{"method": "gptq"}, {"method": "gptq", "drift": 0.25}, {"method": "tuned"}], ids=str
 )
 def test_offload_changes_no_byte_and_leaves_nothing(
     tiny_folder: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -144,10 +147,12 @@ def test_offload_changes_no_byte_and_leaves_nothing(
 
     monkeypatch.setattr(torch, "from_file", kept)
     fewbit.quantize(tiny_folder, tmp_path / "memory", **SMALL | options)
-    assert mapped == []
+    # what a few windows gave blocks, on the way to the loss, always lies on disk
+    assert [Path(name).name for name in mapped] == ["states.bin"]
+    mapped.clear()
     fewbit.quantize(tiny_folder, tmp_path / "disk", offload=True, **SMALL | options)
     # activations, and those of the full-precision model where they are wanted
-    assert len(mapped) == (1 if options == {"method": "gptq"} else 2)
+    assert len(mapped) == 2 if options == {"method": "gptq"} else 3
     files = [{p.name: p.read_bytes() for p in (tmp_path / where).iterdir()} for where in ("memory", "disk")]
     assert files[0] == files[1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "memory", "tiny"]
@@ -287,8 +292,12 @@ def test_a_gguf_file_is_calibrated_like_its_folder(tmp_path: Path) -> None:
 
 def test_a_quantized_file_can_be_calibrated_again(tmp_path: Path) -> None:
     file, _, _ = pair(tmp_path, Kind.Q8_0, hidden_size=64, intermediate_size=160)
-    fewbit.quantize(file, tmp_path / "q", **SMALL | {"method": "gptq"})
-    assert lost(logits(file), logits(tmp_path / "q")) < 0.2
+    found = []
+    for method in ("rtn", "gptq"):
+        fewbit.quantize(file, tmp_path / method, **recipe(method))
+        texts = windows_of(file).tolist()
+        found.append(lost(logits(file, texts), logits(tmp_path / method, texts)))
+    assert found[1] < 0.8 * found[0], found
 
 
 @pytest.mark.parametrize("method", ["awq+gptq", "tuned"])
@@ -319,7 +328,11 @@ def test_progress_reaches_its_total(
     told: list[tuple[int, int, str]] = []
     options = recipe(method) | {"progress": lambda *p: told.append(p)}
     fewbit.quantize(tiny_folder, tmp_path / "q", **options)
-    weights = sum(torch.Size(w.shape).numel() for w in open_source(tiny_folder).weights)
+    source = open_source(tiny_folder)
+    weights = sum(torch.Size(w.shape).numel() for w in source.weights)
+    if method != "rtn":
+        # blocks run twice: for what tokens matter, and to be quantized
+        weights += sum(torch.Size(w.shape).numel() for w in source.weights if w.block is not None)
     walked = [(done, total) for done, total, _ in told if total == weights]
     assert walked[-1] == (weights, weights)
     assert [done for done, _ in walked] == sorted(done for done, _ in walked)

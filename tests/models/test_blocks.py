@@ -171,16 +171,18 @@ def test_gradients_reach_every_weight(tmp_path: Path) -> None:
 
 def test_watchers_are_shown_inputs_and_go_away(tmp_path: Path) -> None:
     part = block(open_source(written(tmp_path)), 0)
-    shown: list[tuple[FloatLinear, Tensor]] = []
+    shown: list[tuple[FloatLinear, Tensor, Tensor]] = []
     x = torch.zeros(1, LENGTH, CONFIG["hidden_size"])
 
-    def watch(linear: FloatLinear, seen: Tensor) -> None:
-        shown.append((linear, seen))
+    def watch(linear: FloatLinear, seen: Tensor, given: Tensor) -> None:
+        shown.append((linear, seen, given))
 
     with part.watched(watch):
         part(x)
-    assert [linear for linear, _ in shown] == part.linears
-    assert [tuple(seen.shape) for _, seen in shown] == [(LENGTH, linear.weight.shape[1]) for linear in part.linears]
+    assert [linear for linear, _, _ in shown] == part.linears
+    for linear, seen, given in shown:
+        assert seen.shape == (LENGTH, linear.weight.shape[1])
+        torch.testing.assert_close(given, seen @ linear.weight.t())
     part(x)
     assert len(shown) == 4
     with pytest.raises(ZeroDivisionError), part.watched(watch):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewbit.blocks import FloatBlock
-from fewbit.calibrated import BlockSolver, Solved, collect
+from fewbit.calibrated import BlockSolver, Goals, Solved, collect
 from fewbit.formats import Format, parse
 from fewbit.formats.integer import IntegerFormat
 from fewbit.methods import BlockPart, Target, gptq, tuned
@@ -161,6 +161,7 @@ class Walk:
         self.hidden = goals_in + 0.02 * torch.randn(goals_in.shape, generator=random)
         with torch.no_grad():
             self.goals = self.block()(goals_in)
+        self.channels = torch.ones(64)
 
     def block(self) -> FloatBlock:
         """A fresh one, in full precision."""
@@ -176,7 +177,7 @@ class Walk:
         solver = BlockSolver(self.source, [method], target, self._planned)
         with torch.no_grad():
             stats = collect(block, self.hidden, None)
-            solved = solver.solve(block, stats, self.hidden, self.goals, lambda *_: None)
+            solved = solver.solve(block, stats, self.hidden, Goals(self.goals, self.channels), lambda *_: None)
         return block, solved
 
     def loss(self, run: Callable[[Tensor], Tensor]) -> float:
@@ -201,7 +202,9 @@ class Walk:
             pick = torch.randperm(len(self.hidden), generator=random)[:count]
             return self.hidden[pick], self.goals[pick]
 
-        return BlockPart(block, block.linears, originals, solved, batches, len(self.hidden), lambda *_: None), block
+        return BlockPart(
+            block, block.linears, originals, solved, batches, self.channels, len(self.hidden), lambda *_: None
+        ), block
 
 
 def load(block: FloatBlock, part: BlockPart, found: list[QTensor]) -> None:
@@ -231,7 +234,7 @@ def test_tuning_never_makes_a_block_worse(tmp_path: Path, spec: str) -> None:
     assert walk.loss(block) < before
 
 
-@pytest.mark.parametrize(("name", "rate"), [("LEVEL_RATE", 50.0), ("SCALE_RATE", 0.5)])
+@pytest.mark.parametrize(("name", "rate"), [("LEVEL_REACH", 5000.0), ("SCALE_REACH", 50.0)])
 def test_steps_that_lead_astray_are_taken_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, rate: float
 ) -> None:
@@ -257,7 +260,7 @@ def test_levels_stay_near_their_range_while_tuning(tmp_path: Path, monkeypatch: 
             made.append(self)
 
     monkeypatch.setattr(tuned, "Levels", Watched)
-    monkeypatch.setattr(tuned, "LEVEL_RATE", 0.1)
+    monkeypatch.setattr(tuned, "LEVEL_REACH", 5.0)
     part, _ = walk.part()
     tuned.tune(part, Target(torch.bfloat16, effort=0))
     assert len(made) == len(part.linears)

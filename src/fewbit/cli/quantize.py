@@ -62,7 +62,19 @@ def _add_calibration(parser: Parser) -> None:
     group.add_argument("--windows", type=count, metavar="N", help="windows of text (default 128)")
     group.add_argument("--length", type=count, metavar="N", help="tokens a window (default 512)")
     group.add_argument(
-        "--drift", action="store_true", help="let each linear make good what the quantized ones before it changed"
+        "--drift",
+        type=float,
+        nargs="?",
+        const=0.25,
+        default=0.0,
+        metavar="SHARE",
+        help="let each linear make good this share of what the quantized ones before it changed (0.25 if not given)",
+    )
+    group.add_argument(
+        "--weighting",
+        choices=("loss", "even"),
+        default="loss",
+        help="what a token counts: by the loss's gradients, or all the same (default %(default)s)",
     )
     group.add_argument(
         "--prefix",
@@ -90,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
             length=args.length,
             drift=args.drift,
             prefix=args.prefix,
+            weighting=args.weighting,
             offload=args.offload,
             device=args.device,
             restart=args.restart,

@@ -76,6 +76,7 @@ class BlockPart:
     run        inputs float32 [n, length, d] -> outputs, with the linears' present weights
     linears    with the weights as they are stored now; originals: what they were; solved: format and tensor of each
     batches    a random batch of inputs and of the outputs the full-precision model has, on the block's device
+    channels   how much a squared error of each channel [d] of the outputs counts, of mean 1
     """
 
     run: Callable[[Tensor], Tensor]
@@ -83,5 +84,10 @@ class BlockPart:
     originals: Sequence[Tensor]
     solved: Sequence[tuple[Format, QTensor]]
     batches: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+    channels: Tensor
     windows: int
     progress: Callable[[int, int], None]
+
+    def loss(self, inputs: Tensor, goals: Tensor) -> Tensor:
+        """Mean squared difference between the block's outputs and `goals`, by channel."""
+        return ((self.run(inputs) - goals).square() * self.channels).mean()

@@ -21,7 +21,7 @@ NEEDS = frozenset({"hessian"})
 # columns whose corrections are applied to the rest together: one large product instead of many small ones
 LAZY = 128
 # rounds of refinement by effort
-ROUNDS = (0, 2, 4, 8)
+ROUNDS = (0, 0, 2, 4)
 
 
 def quantize(w: Tensor, fmt: Format, stats: Stats, target: Target) -> QTensor:
