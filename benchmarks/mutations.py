@@ -27,7 +27,8 @@ TESTS = {
     "_refine": "tests/pure/test_refine.py",
     "awq": "tests/pure/test_awq.py",
     "tuned": "tests/pure/test_tuned.py",
-    "calibrated": "tests/pure/test_awq.py",
+    "calibrated": "tests/pure/test_awq.py tests/models/test_sensitivity.py",
+    "sensitivity": "tests/models/test_sensitivity.py",
     "llama": "tests/pure/test_awq.py",
 }
 TIMEOUT_S = 600.0
@@ -64,9 +65,20 @@ class Mutation:
 
 GPTQ, ORDER, REFINE = "methods/gptq.py", "methods/_second_order.py", "methods/_refine.py"
 AWQ, TUNED, BLOCK = "methods/awq.py", "methods/tuned.py", "calibrated.py"
+SENSITIVITY = "sensitivity.py"
+_SQUARES = "            found.append(torch.stack([g.square().mean(1) for g in squares]).cpu())\n"
+_BACK = "            gradient[part] = back.to(gradient)\n"
+_SWAPPED = (_SQUARES + _BACK, _BACK + _SQUARES)
 MUTATIONS = [
-    Mutation("statistics: true and own inputs exchanged", BLOCK, "stats, y_in, x_in", "stats, x_in, y_in"),
-    Mutation("statistics: the Hessian of the true inputs", BLOCK, "_add_gram(stats, x_in)", "_add_gram(stats, y_in)"),
+    Mutation(
+        "statistics: true and own inputs exchanged",
+        BLOCK,
+        "(y_in * weigh).to(products[i]), weighted)",
+        "weighted, (y_in * weigh).to(products[i]))",
+    ),
+    Mutation(
+        "statistics: the Hessian of the true inputs", BLOCK, "weighted = (x_in * weigh)", "weighted = (y_in * weigh)"
+    ),
     Mutation("statistics: only the upper half", BLOCK, "upper + upper.triu(1).t()", "upper"),
     Mutation("statistics: the diagonal twice", BLOCK, "upper + upper.triu(1).t()", "upper + upper.t()"),
     Mutation("statistics: strips start a column late", BLOCK, "range(0, columns, strip)", "range(1, columns, strip)"),
@@ -249,8 +261,19 @@ MUTATIONS = [
         "return stored if _loss(part) < before else [q for _, q in part.solved]",
         "return [q for _, q in part.solved]",
     ),
-    Mutation("tuned: no steps", TUNED, "optimizer.step()", "pass"),
-    Mutation("tuned: uphill", TUNED, "loss.backward()", "(-loss).backward()"),
+    Mutation("tuned: no steps", TUNED, "x.sub_(g.sign(), alpha=", "x.sub_(0 * g.sign(), alpha="),
+    Mutation("tuned: uphill", TUNED, "x.sub_(g.sign(), alpha=", "x.add_(g.sign(), alpha="),
+    Mutation("tuned: steps do not shrink", TUNED, " * (1 - step / steps))", ")"),
+    Mutation("weights: squared", BLOCK, ".sqrt().to(block.device)", ".to(block.device)"),
+    Mutation("weights: of the linear before", BLOCK, "roots[i].repeat", "roots[i - 1].repeat"),
+    Mutation("weights: the gradient is written over first", SENSITIVITY, *_SWAPPED),
+    Mutation(
+        "weights: labels are the likeliest", SENSITIVITY, "torch.searchsorted(p.cumsum(1), draws)", "p.argmax(1, True)"
+    ),
+    Mutation("weights: gradient without the label", SENSITIVITY, "draws, -1.0", "draws, 0.0"),
+    Mutation("weights: octaves of three", SENSITIVITY, "stop, 2 * stop", "stop, 3 * stop"),
+    Mutation("weights: blocks in reverse", SENSITIVITY, "tokens.insert(0, ", "tokens.append("),
+    Mutation("weights: blocks' inputs a block late", SENSITIVITY, "inputs[i] = hidden", "inputs[i - 1] = hidden"),
     Mutation("tuned: levels are not trained", TUNED, "[LEVEL_REACH] *", "[0.0] *"),
 ]
 
@@ -276,7 +299,7 @@ def outcome(mutation: Mutation, copy: Path) -> tuple[str, str]:
         return "ERROR", f"the text occurs {text.count(mutation.old)} times in {mutation.file}"
     path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
     try:
-        code, said = run_tests(copy, [mutation.tests])
+        code, said = run_tests(copy, mutation.tests.split())
     finally:
         path.write_text(text, encoding="utf-8")
     # pytest's exit codes: 0 all passed, 1 some failed, anything else is no verdict
@@ -304,7 +327,7 @@ def main() -> None:
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = copied(Path(folder))
-        code, said = run_tests(copy, sorted({m.tests for m in chosen}))
+        code, said = run_tests(copy, sorted({file for m in chosen for file in m.tests.split()}))
         if code:
             sys.exit(f"The tests fail without any mutation:\n{said}")
         for m in chosen:

@@ -17,8 +17,8 @@ from fewbit.layers import Weights
 from fewbit.qtensor import QTensor
 from fewbit.source import Source
 
-# what a watcher is shown: the linear, its input [T, in] and its output [T, out]
-Watcher = Callable[["FloatLinear", Tensor, Tensor], None]
+# what a watcher is shown: the linear, and its input [T, in] before the product or its output [T, out] after it
+Watcher = Callable[["FloatLinear", Tensor], None]
 Reader = Callable[[str], QTensor]
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -65,15 +65,18 @@ class FloatLinear:
         product: torch.dtype = torch.float32,
     ) -> None:
         self.names, self.weight, self.splits, self.bias, self.product = names, weight, splits, bias, product
-        self.watcher: Watcher | None = None
+        self.before: Watcher | None = None
+        self.after: Watcher | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, sum of outs]."""
+        if self.before is not None:
+            self.before(self, x)
         y = F.linear(x.to(self.product), self.weight.to(self.product)).float()
         if self.bias is not None:
             y = y + self.bias
-        if self.watcher is not None:
-            self.watcher(self, x, y)
+        if self.after is not None:
+            self.after(self, y)
         return y
 
 
@@ -140,15 +143,15 @@ class FloatBlock:
         return self.inner(x.flatten(0, 1), cos, sin, _NO_CACHE).unflatten(0, (n, self.length))  # type: ignore[no-any-return]
 
     @contextmanager
-    def watched(self, watcher: Watcher) -> Iterator[None]:
-        """Shows `watcher` inputs and outputs of every linear that runs inside."""
+    def watched(self, before: Watcher | None = None, after: Watcher | None = None) -> Iterator[None]:
+        """Shows `before` the input and `after` the output of every linear that runs inside."""
         for linear in self.linears:
-            linear.watcher = watcher
+            linear.before, linear.after = before, after
         try:
             yield
         finally:
             for linear in self.linears:
-                linear.watcher = None
+                linear.before = linear.after = None
 
 
 def fast_product(source: Source, device: torch.device) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,7 @@ BATCH_TOKENS = 2048
 # tuning a block takes about this many times as long as finding what it begins with
 TUNING = 10
 # evenly spread rows that round to nearest is tried on beside the method
-COMPARED_ROWS = 256
+COMPARED_ROWS = 128
 # x^T x is symmetric: computed in strips of rows it takes 5/8 of the work, and narrower strips multiply slower
 STRIPS, LEAST_STRIP = 4, 128
 
@@ -76,9 +77,14 @@ def propagate(block: FloatBlock, hidden: Tensor) -> None:
     """Run the block over the hidden states, in place. FewbitError where it gives NaN or infinity."""
     for part, x in batches(hidden, block.device):
         y = block(x)
-        if not bool(y.isfinite().all()):
+        # a sum is not finite where a value is not; it may overflow where none is
+        if not bool(y.sum().isfinite()) and not bool(y.isfinite().all()):
             raise _not_finite(block.index, y, part.start)
         hidden[part] = y.to(hidden)
+
+
+class _SeenAll(Exception):  # noqa: N818
+    """Every linear of a block was shown its input."""
 
 
 @torch.no_grad()
@@ -92,24 +98,33 @@ def collect(block: FloatBlock, hidden: Tensor, reference: Tensor | None, weights
     sums: list[Stats] = [{} for _ in block.linears]
     place = {id(linear): i for i, linear in enumerate(block.linears)}
     seen: list[Tensor] = [torch.empty(0)] * len(sums)
+    # sums are made of what a linear multiplies; of bfloat16, a batch's is off by less than damping adds
+    products = [linear.product for linear in block.linears]
     even = torch.ones(len(sums), hidden.shape[1])
     roots = (even if weights is None else weights).sqrt().to(block.device)
 
-    def keep(linear: FloatLinear, x: Tensor, _: Tensor) -> None:
+    def keep(linear: FloatLinear, x: Tensor) -> None:
         seen[place[id(linear)]] = x
+        if linear is block.linears[-1]:
+            # nobody asks for its product
+            raise _SeenAll
+
+    def run(x: Tensor) -> None:
+        with suppress(_SeenAll):
+            block(x)
 
     with block.watched(keep):
         for part, x in batches(hidden, block.device):
-            block(x)
+            run(x)
             ours = list(seen)
             if reference is not None:
-                block(reference[part].to(block.device, torch.float32))
+                run(reference[part].to(block.device, torch.float32))
             for i, (stats, x_in, y_in) in enumerate(zip(sums, ours, seen, strict=True)):
                 weigh = roots[i].repeat(len(x))[:, None]
-                weighted = x_in * weigh
+                weighted = (x_in * weigh).to(products[i])
                 _add_gram(stats, weighted)
                 if reference is not None:
-                    _add_cross(stats, y_in * weigh, weighted)
+                    _add_cross(stats, (y_in * weigh).to(products[i]), weighted)
     tokens = hidden.shape[0] * hidden.shape[1]
     for i, stats in enumerate(sums):
         upper = stats["hessian"].triu_()
@@ -133,13 +148,17 @@ def _add_gram(stats: Stats, x: Tensor) -> None:
     strip = max(LEAST_STRIP, -(-columns // STRIPS))
     for start in range(0, columns, strip):
         rows = slice(start, start + strip)
-        stats["hessian"][rows, start:].addmm_(x[:, rows].t(), x[:, start:])
+        total = stats["hessian"][rows, start:]
+        if x.dtype == total.dtype:
+            total.addmm_(x[:, rows].t(), x[:, start:])
+        else:
+            total += x[:, rows].t() @ x[:, start:]
 
 
 def _add_cross(stats: Stats, y: Tensor, x: Tensor) -> None:
     if "cross" not in stats:
         stats["cross"] = torch.zeros(y.shape[1], x.shape[1], device=x.device)
-    stats["cross"].addmm_(y.t(), x)
+    stats["cross"] += y.t() @ x
 
 
 def _not_finite(index: int, y: Tensor, window: int) -> FewbitError:

@@ -8,11 +8,13 @@ its activations are the largest there are. So g^2 is measured on a few windows, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewbit.blocks import FloatBlock, WindowOps, embed
@@ -23,7 +25,7 @@ from fewbit.scratch import mapped
 from fewbit.source import FLOATS, Source
 
 # windows that are run forward and backward
-PROBES = 16
+PROBES = 8
 # logits computed at once
 LOGITS = 1 << 24
 HEAD_ROWS = 8192
@@ -38,6 +40,20 @@ class Sensitivity:
 
     positions: Tensor
     channels: Tensor
+
+    def save(self, file: Path) -> None:
+        """Whole or not at all, whatever happens meanwhile."""
+        beside = file.with_suffix(".new")
+        save_file({"positions": self.positions.contiguous(), "channels": self.channels}, beside)
+        with beside.open("rb") as written:
+            os.fsync(written.fileno())
+        beside.rename(file)
+
+    @classmethod
+    def load(cls, file: Path) -> Sensitivity:
+        """What `save` wrote."""
+        found = load_file(file)
+        return cls(found["positions"], found["channels"])
 
 
 class Head:
@@ -128,7 +144,7 @@ class Probe:
         for part, x in batches(inputs, self.device):
             outputs: dict[int, Tensor] = {}
             x.requires_grad_()
-            with torch.enable_grad(), block.watched(lambda linear, _, y, o=outputs: o.__setitem__(id(linear), y)):
+            with torch.enable_grad(), block.watched(after=lambda linear, y, o=outputs: o.__setitem__(id(linear), y)):
                 y = block(x)
             wanted = [x, *(outputs[id(linear)] for linear in block.linears)]
             back, *squares = torch.autograd.grad(y, wanted, gradient[part].to(self.device))

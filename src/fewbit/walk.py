@@ -33,6 +33,8 @@ Progress = Callable[[int, int, str], None]
 SLICE_WEIGHTS = 1 << 24
 # activations stay on a GPU that could hold this many times as much
 ROOMY = 12
+# what the loss makes of errors, in the unfinished output
+SENSITIVITY = "sensitivity.safetensors"
 
 
 class Settings(Protocol):
@@ -198,14 +200,19 @@ class Walk:
             self.finished += _weights(self.units[unit])
             if index + 1 < len(blocks):
                 propagate(self._float_block(index, length, written.read), hidden)
+        (self.writer.folder / SENSITIVITY).unlink(missing_ok=True)
 
     def _sensitivity(self, windows: Tensor) -> Sensitivity:
-        """Measured again by a run that goes on: it takes less time than a few blocks do."""
+        """Measured once: a run that goes on finds it beside the journal."""
+        file = self.writer.folder / SENSITIVITY
+        if file.exists():
+            return Sensitivity.load(file)
         weights = sum(_weights(planned) for unit, planned in self.units.items() if unit.startswith("block "))
         weights = weights * min(PROBES, len(windows)) // len(windows)
         self.total += weights
         probe = Probe(self.source, self.device, self.product, lambda text, share: self._report(text, weights * share))
         found = probe.measure(windows, self.writer.folder)
+        found.save(file)
         self.finished += weights
         return found
 

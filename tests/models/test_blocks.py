@@ -171,18 +171,19 @@ def test_gradients_reach_every_weight(tmp_path: Path) -> None:
 
 def test_watchers_are_shown_inputs_and_go_away(tmp_path: Path) -> None:
     part = block(open_source(written(tmp_path)), 0)
-    shown: list[tuple[FloatLinear, Tensor, Tensor]] = []
+    shown: list[tuple[FloatLinear, Tensor]] = []
+    given: list[Tensor] = []
     x = torch.zeros(1, LENGTH, CONFIG["hidden_size"])
 
-    def watch(linear: FloatLinear, seen: Tensor, given: Tensor) -> None:
-        shown.append((linear, seen, given))
+    def watch(linear: FloatLinear, seen: Tensor) -> None:
+        shown.append((linear, seen))
 
-    with part.watched(watch):
+    with part.watched(watch, lambda _, y: given.append(y)):
         part(x)
-    assert [linear for linear, _, _ in shown] == part.linears
-    for linear, seen, given in shown:
+    assert [linear for linear, _ in shown] == part.linears
+    for (linear, seen), y in zip(shown, given, strict=True):
         assert seen.shape == (LENGTH, linear.weight.shape[1])
-        torch.testing.assert_close(given, seen @ linear.weight.t())
+        torch.testing.assert_close(y, seen @ linear.weight.t())
     part(x)
     assert len(shown) == 4
     with pytest.raises(ZeroDivisionError), part.watched(watch):
@@ -199,6 +200,15 @@ def test_a_faster_product_is_near_the_definition(tmp_path: Path) -> None:
     assert near.dtype == torch.float32
     assert float((near - exact).norm() / (exact - x).norm()) < 0.01
     assert not torch.equal(near, exact)
+    reference = x + 0.1
+    for name in ("hessian", "cross"):
+        wide, narrow = (
+            collect(block(source, 0, product=product), x, reference) for product in (torch.float32, torch.bfloat16)
+        )
+        for a, b in zip(wide, narrow, strict=True):
+            assert b[name].dtype == torch.float32
+            assert float((a[name] - b[name]).norm() / a[name].norm()) < 0.01
+            assert not torch.equal(a[name], b[name])
     # a model made in float32 is calibrated in float32, whatever the processor can do
     assert fast_product(open_source(written(tmp_path / "wide")), CPU) == torch.float32
 

@@ -133,3 +133,29 @@ def test_tuning_is_told_what_channels_count(tmp_path: Path, monkeypatch: pytest.
     expected = by_autograd(folder, windows).channels
     torch.testing.assert_close(torch.stack(told[:3]), expected, rtol=0.02, atol=1e-4)
     assert torch.equal(torch.stack(told[3:]), torch.ones_like(expected))
+
+
+def test_it_is_measured_once_and_gone_from_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = written(tmp_path)
+    measured = []
+    measure = Probe.measure
+    monkeypatch.setattr(Probe, "measure", lambda *args: (measured.append(1), measure(*args))[1])
+    options: dict[str, Any] = {"format": "int4g32", "method": "gptq", "windows": 6, "length": LENGTH, "device": "cpu"}
+    quantize = gptq.quantize
+    calls = []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return quantize(*args)
+
+    monkeypatch.setattr(gptq, "quantize", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fewbit.quantize(folder, tmp_path / "q", **options)
+    fewbit.quantize(folder, tmp_path / "q", **options)
+    assert measured == [1]
+    fewbit.quantize(folder, tmp_path / "whole", **options)
+    files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("q", "whole")]
+    assert files[0] == files[1]
+    assert walk.SENSITIVITY not in files[0]

@@ -238,7 +238,7 @@ def test_statistics_are_means_over_the_inputs_of_each_linear(tmp_path: Path, mon
     seen: list[list[Array]] = []
     for hidden in (x, reference):
         seen.append([])
-        with torch.no_grad(), block.watched(lambda _, given, __: seen[-1].append(array(given))):
+        with torch.no_grad(), block.watched(lambda _, given: seen[-1].append(array(given))):
             block(hidden)
     stats = collect(block, x, reference)
     assert len(stats) == len(block.linears) == len(seen[0])

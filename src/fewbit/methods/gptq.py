@@ -19,7 +19,7 @@ from fewbit.qtensor import QTensor
 
 NEEDS = frozenset({"hessian"})
 # columns whose corrections are applied to the rest together: one large product instead of many small ones
-LAZY = 128
+LAZY = 32
 # rounds of refinement by effort
 ROUNDS = (0, 0, 2, 4)
 
