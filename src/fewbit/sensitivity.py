@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewbit.blocks import FloatBlock, WindowOps, embed
+from fewbit.blocks import FloatBlock, FloatLinear, WindowOps, embed
 from fewbit.calibrated import batches, propagate
 from fewbit.formats import parse
 from fewbit.layers import RMSNorm
@@ -141,10 +141,14 @@ class Probe:
     def _through(self, block: FloatBlock, inputs: Tensor, gradient: Tensor) -> Tensor:
         """Takes `gradient` back through a block, in place; mean squares at its linears' outputs [linears, tokens]."""
         found = []
+        outputs: dict[int, Tensor] = {}
+
+        def keep(linear: FloatLinear, y: Tensor) -> None:
+            outputs[id(linear)] = y
+
         for part, x in batches(inputs, self.device):
-            outputs: dict[int, Tensor] = {}
             x.requires_grad_()
-            with torch.enable_grad(), block.watched(after=lambda linear, y, o=outputs: o.__setitem__(id(linear), y)):
+            with torch.enable_grad(), block.watched(after=keep):
                 y = block(x)
             wanted = [x, *(outputs[id(linear)] for linear in block.linears)]
             back, *squares = torch.autograd.grad(y, wanted, gradient[part].to(self.device))
