@@ -200,15 +200,11 @@ def test_a_faster_product_is_near_the_definition(tmp_path: Path) -> None:
     assert near.dtype == torch.float32
     assert float((near - exact).norm() / (exact - x).norm()) < 0.01
     assert not torch.equal(near, exact)
-    reference = x + 0.1
-    for name in ("hessian", "cross"):
-        wide, narrow = (
-            collect(block(source, 0, product=product), x, reference) for product in (torch.float32, torch.bfloat16)
-        )
-        for a, b in zip(wide, narrow, strict=True):
-            assert b[name].dtype == torch.float32
-            assert float((a[name] - b[name]).norm() / a[name].norm()) < 0.01
-            assert not torch.equal(a[name], b[name])
+    wide, narrow = (collect(block(source, 0, product=p), x, None) for p in (torch.float32, torch.bfloat16))
+    for a, b in zip(wide, narrow, strict=True):
+        assert b["hessian"].dtype == torch.float32
+        assert float((a["hessian"] - b["hessian"]).norm() / a["hessian"].norm()) < 0.01
+        assert not torch.equal(a["hessian"], b["hessian"])
     # a model made in float32 is calibrated in float32, whatever the processor can do
     assert fast_product(open_source(written(tmp_path / "wide")), CPU) == torch.float32
 

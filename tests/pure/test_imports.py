@@ -41,9 +41,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": LOW | {"formats", "kernels", "layers", "models", "checkpoint", "tokenizer", "store", "source", "memory"},
     "blocks": LOW | {"formats", "kernels", "layers", "source"},
     "calibrated": LOW | {"formats", "methods", "source", "blocks"},
-    "preflight": LOW | {"formats", "methods", "source", "blocks", "calibrated"},
-    "walk": LOW | {"formats", "methods", "checkpoint", "source", "blocks", "calibrated", "preflight"},
+    "scratch": set(),
+    "sensitivity": LOW | {"formats", "layers", "source", "blocks", "calibrated", "scratch"},
+    "preflight": LOW | {"formats", "methods", "source", "blocks", "calibrated", "sensitivity"},
+    "walk": LOW | {"formats", "methods", "checkpoint", "source", "blocks", "calibrated", "scratch", "sensitivity"},
 }
+MAY_IMPORT["walk"] |= {"preflight"}
 MAY_IMPORT["self_calibration"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
 MAY_IMPORT["quantizer"] = MAY_IMPORT["walk"] | {"walk", "models", "tokenizer", "store", "calibration"}
 MAY_IMPORT["quantizer"] |= {"self_calibration"}
