@@ -98,8 +98,8 @@ def collect(block: FloatBlock, hidden: Tensor, reference: Tensor | None, weights
     sums: list[Stats] = [{} for _ in block.linears]
     place = {id(linear): i for i, linear in enumerate(block.linears)}
     seen: list[Tensor] = [torch.empty(0)] * len(sums)
-    # sums are made of what a linear multiplies; of bfloat16, a batch's is off by less than damping adds, but not by less
-    # than what the prefix drifted
+    # sums are made of what a linear multiplies; of bfloat16, a batch's is off by less than damping adds, but by more
+    # than the prefix may have drifted
     products = [linear.product if reference is None else torch.float32 for linear in block.linears]
     even = torch.ones(len(sums), hidden.shape[1])
     roots = (even if weights is None else weights).sqrt().to(block.device)
