@@ -129,7 +129,7 @@ MUTATIONS = [
     ),
     Mutation("gptq: scales fitted without the inputs", GPTQ, "fmt.fit(w, importance(hessian), ", "fmt.fit(w, None, "),
     Mutation("gptq: the drift forgotten", GPTQ, 'if "cross" in stats:', 'if "crossing" in stats:'),
-    Mutation("gptq: no refinement", GPTQ, "ROUNDS = (0, 2, 4, 8)", "ROUNDS = (0, 0, 0, 0)"),
+    Mutation("gptq: no refinement", GPTQ, "ROUNDS = (0, 0, 2, 4)", "ROUNDS = (0, 0, 0, 0)"),
     Mutation("second order: the lower factor", ORDER, "cholesky_ex(inverse, upper=True)", "cholesky_ex(inverse)"),
     Mutation("second order: the Hessian's factor, not its inverse's", ORDER, "cholesky_inverse(factor)", "clone(h)"),
     Mutation(
@@ -150,8 +150,7 @@ MUTATIONS = [
     Mutation(
         "second order: the drift transposed", ORDER, "(w @ (cross - hessian)).t()", "(w @ (cross.t() - hessian)).t()"
     ),
-    Mutation("second order: the drift's sign", ORDER, "w + share * change", "w - share * change"),
-    Mutation("second order: the drift's share forgotten", ORDER, "w + share * change", "w + change"),
+    Mutation("second order: the drift's sign", ORDER, "w + change", "w - change"),
     Mutation("refine: no update within a block", REFINE, 't["pull"] += move @ t["h"][i : i + 1]', "pass"),
     Mutation("refine: no update of later blocks", REFINE, 'pull += part["moves"] @ h[start:stop]', "pass"),
     Mutation(
@@ -187,7 +186,7 @@ MUTATIONS = [
         "awq: the search forgets to scale back", AWQ, "(rounded if s is None else rounded / s) - w", "rounded - w"
     ),
     Mutation("awq: the ratio of largest error", AWQ, "if error < least:", "if error > least:"),
-    Mutation("awq: the mean square instead of its root", AWQ, ".clamp(min=1e-12).sqrt()", ".clamp(min=1e-12)"),
+    Mutation("awq: the mean square instead of its root", AWQ, ".log().mean().exp()).sqrt()", ".log().mean().exp())"),
     Mutation("awq: half of the ratios", AWQ, "range(1, RATIOS)", "range(1, RATIOS // 2)"),
     Mutation(
         "awq: only the first of the readers is searched",
@@ -203,7 +202,12 @@ MUTATIONS = [
         "awq: a norm's rounding not made good", BLOCK, "torch.where(kept == 0, torch.ones_like(norm), norm / kept)", "s"
     ),
     Mutation("awq: a norm multiplied", BLOCK, "smaller = (norm / s)", "smaller = (norm * s)"),
-    Mutation("awq: heads that share a channel scaled apart", BLOCK, "return shared[channel]", "return s"),
+    Mutation(
+        "awq: heads that share a channel scaled apart",
+        BLOCK,
+        "return (total / count.clamp(min=1)).exp()[channel]",
+        "return s",
+    ),
     Mutation("awq: a bias forgotten", BLOCK, "found.append(linear.bias[rows])", "pass"),
     Mutation(
         "awq: the wrong rows of a stack",
@@ -230,13 +234,13 @@ MUTATIONS = [
         "self.level",
     ),
     Mutation(
-        "tuned: no clipping", TUNED, "rounded = torch.maximum(torch.minimum(rounded, self.high), self.low)", "pass"
+        "tuned: no clipping", TUNED, "rounded.clamp(self.low, self.high) * self._spread", "rounded * self._spread"
     ),
     Mutation(
         "tuned: scales don't move",
         TUNED,
-        "(self.base * (1 + self.change))[:, self.group]",
-        "self.base[:, self.group]",
+        "* self._spread(self.base * (1 + self.change))",
+        "* self._spread(self.base + 0 * self.change)",
     ),
     Mutation(
         "tuned: scales stored as they were",
@@ -244,9 +248,7 @@ MUTATIONS = [
         "with_scale(self.params, self.base * (1 + self.change))",
         "with_scale(self.params, self.base)",
     ),
-    Mutation(
-        "tuned: levels stored by truncation", TUNED, "self.level.round(), self.high", "self.level.trunc(), self.high"
-    ),
+    Mutation("tuned: levels stored by truncation", TUNED, "levels = self.level.round()", "levels = self.level.trunc()"),
     Mutation("tuned: levels start on the codes", TUNED, "(found.levels + inside)", "(found.levels + 0 * inside)"),
     Mutation("tuned: levels drift away", TUNED, "f.clip()", "pass"),
     Mutation(
