@@ -18,17 +18,8 @@ from fewbit.errors import FewbitError
 from fewbit.formats import parse
 from fewbit.source import Source, open_source
 from tests.conftest import CONFIG, random_weights, write_folder
+from tests.models.test_llama import CONFIGS
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
-CONFIGS: dict[str, dict[str, Any]] = {
-    "tied": {},
-    "untied": {"tie_word_embeddings": False},
-    "one key-value head": {"num_key_value_heads": 1},
-    "wide heads": {"head_dim": 32},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "llama3 rope": {"rope_parameters": LLAMA3},
-}
 CPU = torch.device("cpu")
 LENGTH = 24
 WINDOWS = torch.randint(256, (5, LENGTH), generator=torch.Generator().manual_seed(1))
