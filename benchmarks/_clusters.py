@@ -12,6 +12,11 @@ import numpy as np
 SCORED = 255
 
 
+def by_window(values: np.ndarray) -> np.ndarray:
+    """[G * SCORED] values -> the means of G windows: all that comparing rows on the same tokens needs."""
+    return values.astype(np.float64).reshape(-1, SCORED).mean(1)
+
+
 def clustered_error(values: np.ndarray, size: int = SCORED) -> float:
     """Standard error of the mean of [G * size] values, window by window; over values where there is one window."""
     x = values.astype(np.float64)

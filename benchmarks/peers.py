@@ -15,8 +15,8 @@ llm-compressor's AWQ pins memory and so wants a GPU; a tuned row takes minutes t
 
 A peer's folder is read from its bits, and both models run in transformers, float32, by the protocol of
 docs/architecture.md: 512-token windows, predictions at positions 256 to 510. No line of fewbit takes part.
-OUTPUT (.npz) gets each row's KL of every scored token, float32, and the .json beside it the figures; both are rewritten
-after every row, and rows of earlier calls stay.
+OUTPUT (.npz) gets each row's mean KL of every window, and the .json beside it the figures; both are rewritten after
+every row, and rows of earlier calls stay.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from _clusters import clustered_error
+from _clusters import by_window, clustered_error
 from _peer_folders import read_folder
 from _peer_quantizers import Row
 from tokenizers import Tokenizer
@@ -134,7 +134,7 @@ class Table:
         """Take a row in and rewrite the files; a failed row has no KL."""
         self.figures[name] = found
         if kl is not None:
-            self.kl[name] = kl.astype(np.float32)
+            self.kl[name] = by_window(kl)
             np.savez(self.arrays, **self.kl)
         self.rows.write_text(json.dumps(self.figures, indent=2) + "\n")
 

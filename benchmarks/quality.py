@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from _chain import Reference, windows
-from _clusters import clustered_error
+from _clusters import by_window, clustered_error
 from _marks import Mark, finish
 
 import fewbit
@@ -43,21 +43,18 @@ BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 
 
 class Results:
-    """Per-token KL (.npz) and figures (.json beside it) of rows; a row of a further text is named ROW@TEXT."""
+    """KL by window (.npz) and figures (.json beside it) of rows; a row of a further text is named ROW@TEXT."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.kl: dict[str, np.ndarray] = dict(np.load(path)) if path.exists() else {}
         figures = path.with_suffix(".json")
         self.figures: dict[str, Any] = json.loads(figures.read_text()) if figures.exists() else {}
-        for name, kl in self.kl.items():
-            # what older files hold is an error over tokens
-            self.figures[name]["mean_kl_error"] = clustered_error(kl)
 
     def add(self, name: str, scores: dict[str, np.ndarray], about: dict[str, Any]) -> None:
         """Take a row in and rewrite the files."""
         kl = scores["kl"].astype(np.float64)
-        self.kl[name] = scores["kl"]
+        self.kl[name] = by_window(kl)
         self.figures[name] = about | {
             "mean_kl": float(kl.mean()),
             "mean_kl_error": clustered_error(kl),
@@ -156,8 +153,8 @@ def domains(found: Results) -> set[str]:
 
 def is_lower(found: Results, row: str, other: str) -> bool:
     """Whether the mean KL of `row` is lower by more than two paired standard errors (over windows)."""
-    difference = found.kl[other].astype(np.float64) - found.kl[row]
-    return bool(difference.mean() > 2 * clustered_error(difference))
+    difference = found.kl[other] - found.kl[row]
+    return bool(difference.mean() > 2 * clustered_error(difference, 1))
 
 
 def marks(found: Results, whole: bool) -> list[Mark]:

@@ -22,16 +22,13 @@ from fewbit.errors import FewbitError
 from fewbit.formats import parse
 from fewbit.formats.integer import IntegerFormat
 from fewbit.lookup import find
-from fewbit.methods import Target, silent
-from fewbit.methods.auto import chosen
+from fewbit.methods import Target, auto, silent
 from fewbit.models import WeightInfo
 from fewbit.source import FLOATS, Source, describe, open_source
 from fewbit.walk import Log, Progress, Walk, device_of, identity
 
 # tokens of a calibration window
 WINDOW = 512
-# the share of the drift to correct where it is asked for: all of it ruins small models
-DRIFT = 0.25
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ class Options:
     calibration: str | None = None
     windows: int | None = None
     length: int | None = None
-    drift: float = 0.0
+    drift: float | None = None
     prefix: str = "quantized"
     weighting: str = "loss"
     device: str = "auto"
@@ -96,11 +93,11 @@ class Options:
         _known("scales", self.scales, ("search", "minmax"))
         _known("prefix", self.prefix, ("quantized", "original"))
         _known("weighting", self.weighting, ("loss", "even"))
-        if not 0 <= self.drift <= 1:
+        if self.drift is not None and not 0 <= self.drift <= 1:
             raise FewbitError(
                 f"There is no drift of {self.drift:g}.",
                 "It is the share of the prefix's drift that linears make good, 0 to 1.",
-                f"Use --drift {DRIFT}.",
+                f"Use --drift {auto.DRIFT}.",
             )
         if self.prefix == "original" and self.drift:
             raise FewbitError(
@@ -124,7 +121,17 @@ class Options:
         if self.method != "auto":
             return self.method
         fmt = parse(self.format)
-        return chosen(fmt.bits, self.effort) if isinstance(fmt, IntegerFormat) else "rtn"
+        return auto.chosen(fmt.bits, self.effort) if isinstance(fmt, IntegerFormat) else "rtn"
+
+    @property
+    def share(self) -> float:
+        """Of the drift that linears make good: what was asked for, or what measured best for width and method."""
+        if self.drift is not None:
+            return self.drift
+        fmt = parse(self.format)
+        if self.prefix == "original" or not isinstance(fmt, IntegerFormat):
+            return 0.0
+        return auto.drift(fmt.bits, self.resolved)
 
     @property
     def modules(self) -> list[ModuleType]:
@@ -165,7 +172,7 @@ def quantize(
     calibration  None (the text that comes with fewbit), a text file, `self`, or a dataset of the hub
     windows, length   calibration windows (128) and their tokens (512, or the model's context where it is shorter)
     drift        share (0 to 1) of what the quantized prefix changed that each linear makes good (asymmetric
-                 calibration)
+                 calibration); None: a quarter up to 3 bits, where it helps the method, and 0 above
     weighting    tokens count by the `loss` (its squared gradients), or `even`
     prefix       calibrate on what the `quantized` prefix hands on, or on the `original` model's activations
     device       `auto`, `cpu`, `cuda`, `cuda:1`
@@ -219,8 +226,10 @@ def _calibration(
 ) -> Calibration | None:
     """The windows a method needs; None for methods that look at weights alone."""
     if not any(m.NEEDS for m in modules):
-        _unused(asked)
+        _unused(asked, "calibration", "windows", "drift", "offload", "prefix", "weighting")
         return None
+    if asked.resolved.split("+")[-1] not in auto.CORRECTING:
+        _unused(asked, "drift")
     limit = source.args.max_position_embeddings
     length = min(limit, WINDOW) if asked.length is None else asked.length
     if length > limit:
@@ -247,15 +256,14 @@ def _calibration(
     return found
 
 
-def _unused(asked: Options) -> None:
-    """FewbitError where something was asked for that a method without calibration has no use for."""
-    idle = [name for name in ("calibration", "windows", "drift", "offload") if getattr(asked, name)]
-    idle += ["prefix"] if asked.prefix != "quantized" else []
-    idle += ["weighting"] if asked.weighting != "loss" else []
+def _unused(asked: Options, *names: str) -> None:
+    """FewbitError where one of these was asked for, which the method has no use for."""
+    plain = Options()
+    idle = [name for name in names if getattr(asked, name) not in (getattr(plain, name), 0)]
     if idle:
         raise FewbitError(
-            f"The method {asked.resolved} looks at weights alone.",
-            f"It has no use for {', '.join(idle)}.",
+            f"The method {asked.resolved} has no use for {', '.join(idle)}.",
+            "rtn and awq know no drift, and rtn looks at weights alone.",
             "Leave that out, or use --method gptq.",
         )
 
@@ -273,7 +281,7 @@ def _facts(source: Source, asked: Options, calibration: Calibration | None) -> t
         "calibration": calibration.facts if calibration else None,
     }
     if calibration:
-        facts |= {"effort": asked.effort, "drift": asked.drift, "prefix": asked.prefix, "weighting": asked.weighting}
+        facts |= {"effort": asked.effort, "drift": asked.share, "prefix": asked.prefix, "weighting": asked.weighting}
     device = device_of(asked.device)
     machine = {"device": str(device), "torch": torch.__version__}
     if calibration and device.type == "cpu":

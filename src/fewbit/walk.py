@@ -41,7 +41,7 @@ class Settings(Protocol):
     """What the walk reads of the options."""
 
     @property
-    def drift(self) -> float: ...
+    def share(self) -> float: ...
     @property
     def weighted(self) -> bool: ...
     @property
@@ -178,7 +178,7 @@ class Walk:
     def _calibrated(self, windows: Tensor, blocks: list[str], done: set[str]) -> None:
         written = open_checkpoint(self.writer.folder)
         hidden = self._hidden(windows, written.read, "hidden.bin")
-        wants_goals = bool(self.needs & {"goals"} or self.settings.drift) or self.settings.prefix == "original"
+        wants_goals = bool(self.needs & {"goals"} or self.settings.share) or self.settings.prefix == "original"
         reference = self._hidden(windows, self.source.read, "reference.bin") if wants_goals else None
         solver = BlockSolver(self.source, self.modules, self.target, lambda name: self.plan[name].spec)
         length = windows.shape[1]
@@ -231,10 +231,10 @@ class Walk:
         block = self._float_block(index, hidden.shape[1])
         seen = reference if self.settings.prefix == "original" and reference is not None else hidden
         positions = sensitivity.positions[index] if sensitivity else None
-        stats = collect(block, seen, reference if self.settings.drift else None, positions)
+        stats = collect(block, seen, reference if self.settings.share else None, positions)
         for found in stats:
             if "cross" in found:
-                found["cross"] = found["hessian"].lerp(found["cross"], self.settings.drift)
+                found["cross"] = found["hessian"].lerp(found["cross"], self.settings.share)
         if reference is not None:
             propagate(block, reference)
         goals = None

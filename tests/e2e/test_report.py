@@ -4,109 +4,31 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import itertools
 import json
 import math
 import os
 import re
 import sys
-from dataclasses import dataclass, field, replace
-from html.parser import HTMLParser
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import fewbit
 from fewbit.errors import FewbitError
-from fewbit.evaluator import DomainQuality, Paired, Quality, WorstToken
-from fewbit.report import charts, check_report, page, weights, write_report
+from fewbit.evaluator import Paired, Quality
+from fewbit.report import check_report, weights, write_report
 from fewbit.source import open_source
+from tests._report import ATTACK, Page, quality
 from tests.conftest import CONFIG, random_weights, write_folder
 
-ATTACK = "</script><script>alert(1)</script>"
 # as a folder's name, which has no slash
 ATTACK_NAME = "<img src=x onerror=alert(1)><!--<script>"
 KINDS = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn", "gate": "mlp", "up": "mlp"}
-
-
-@dataclass
-class Page(HTMLParser):
-    """What a browser would make of the page: tags with attributes, text of scripts, rows of tables, all text."""
-
-    html: str
-    tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
-    ends: list[str] = field(default_factory=list)
-    scripts: list[str] = field(default_factory=list)
-    rows: list[list[str]] = field(default_factory=list)
-    text: str = ""
-
-    def __post_init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.feed(self.html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag == "script":
-            self.scripts.append("")
-        elif tag == "tr":
-            self.rows.append([])
-        elif tag in ("td", "th") and self.rows:
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.ends.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        if self.lasttag == "script" and len(self.scripts) > self.ends.count("script"):
-            self.scripts[-1] += data
-            return
-        self.text += data
-        if self.rows and self.rows[-1] and len(self.rows) > self.ends.count("tr"):
-            self.rows[-1][-1] += data
-
-    @property
-    def data(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.scripts[0])
-        return found
-
-
-def quality(model: Path | str, kl: float = 0.0712, **changes: Any) -> Quality:
-    """A candidate with figures that are all different, so that a wrong one shows."""
-    domains = tuple(
-        DomainQuality(
-            name,
-            kl * n,
-            0.00113 * n,
-            0.0127 * n,
-            0.61 * n,
-            0.91 - n / 50,
-            0.0031,
-            19.5 + n,
-            0.42,
-            18.5 + n,
-            0.37,
-            510 * n,
-        )
-        for n, name in ((1, "prose"), (2, f"code {ATTACK}"))
-    )
-    worst = WorstToken(
-        "prose", 7, 301, 5.4321, f"He said{ATTACK}\u202eand & then\x1b[31m", ATTACK,
-        ((" turned", 0.6204), (ATTACK, 0.113), ("\n", 0.08)), ((" fore<b>cast", 0.3402), ("  ", 0.05), ("</p>", 0.02)),
-    )  # fmt: skip
-    figures: dict[str, Any] = {
-        "mean_kl": kl, "mean_kl_error": 0.00142, "median_kl": 0.02848, "p99_kl": 0.6408, "top1": 0.9066,
-        "top1_error": 0.0024, "perplexity": 17.353, "perplexity_error": 0.331, "reference_perplexity": 16.247,
-        "reference_perplexity_error": 0.308, "tokens": 16320, "weight_bytes": 84_993_212, "bits_per_weight": 4.904,
-        "exact": False, "domains": domains, "worst": (worst,),
-    }  # fmt: skip
-    return Quality(str(model), **(figures | changes))
 
 
 @dataclass
@@ -473,47 +395,6 @@ def test_a_model_that_broke_is_said_to_have(tiny_folder: Path, tmp_path: Path) -
     found = Page((tmp_path / "out.html").read_text(encoding="utf-8"))
     assert any("not a number" in row for row in found.rows)
     assert [r["b"] for r in _values(found.data["specs"]["layers-q"])] == [1]
-
-
-@given(st.lists(st.floats(1e-6, 10), min_size=1, max_size=20))
-@example([1.375])
-def test_labels_do_not_lie_over_one_another(losses: list[float]) -> None:
-    low, high = charts._log_domain([quality(str(i), kl) for i, kl in enumerate(losses)])
-    assert low < min(losses)
-    assert max(losses) < high
-    height = max(340, (charts.LABEL + 3) * len(losses))
-    placed = charts._spread_labels(dict(enumerate(losses)), low, high, height)
-    pixels = {i: math.log(high / v) / math.log(high / low) * height for i, v in placed.items()}
-    order = sorted(pixels, key=lambda i: pixels[i])
-    assert all(pixels[b] - pixels[a] > charts.LABEL - 1.5 for a, b in itertools.pairwise(order))
-    assert [losses[i] for i in order] == sorted(losses, reverse=True)
-    assert all(0 <= y <= height for y in pixels.values())
-    ticks = charts._log_ticks(low, high)
-    assert ticks
-    assert all(low <= t <= high for t in ticks)
-
-
-def test_names_are_short_and_tell_models_apart() -> None:
-    assert page.short_names(["/a/x/q4", "/a/y/q4", "smollm2", "b.gguf"]) == ["x/q4", "y/q4", "smollm2", "b.gguf"]
-    assert page.short_names(["same", "same"]) == ["same", "same"]
-    assert page.short_names(["/", "."]) == ["/", "."]
-    long = ["SmolLM2-135M-Instruct-int4g64", "SmolLM2-135M-Instruct-int3"]
-    assert page.trimmed(long) == ["…int4g64", "…int3"]
-    assert page.trimmed(["tiny-int4", "tiny-int3"]) == ["tiny-int4", "tiny-int3"]
-    assert page.trimmed(long[:1]) == long[:1]
-
-
-def test_characters_that_hide_are_shown() -> None:
-    assert page.signs("  a\tb\n") == "␣␣a⇥b↵"
-    assert page.signs("   ") == "␣␣␣"
-    assert page.lines("a\u202eb\x00c\n\u2066") == "a⟨U+202E⟩b⟨U+0000⟩c\n⟨U+2066⟩"
-    # every format character, whatever it is good for: two tokens that differ must be seen to
-    assert page.lines("می\u200cشود") == "می⟨U+200C⟩شود"
-    for c in "\u00ad\u061c\u180e\u200d\u2028\u2061\ufff9\U000e0041":
-        assert page.signs(f"a{c}b") == f"a⟨U+{ord(c):04X}⟩b"
-    assert page.percent(0.00941) == "0.941 %"
-    assert page.percent(0.0) == "0 %"
-    assert page.percent(None) == "not a number"
 
 
 def test_one_candidate_needs_no_choice(tiny_folder: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fewbit import calibrated, preflight, walk
 from fewbit.calibration import collect as collect_windows
 from fewbit.checkpoint import open_checkpoint
 from fewbit.cli import main
+from fewbit.errors import FewbitError
 from fewbit.formats import parse
 from fewbit.lookup import find
 from fewbit.methods import awq, gptq, rtn, tuned
@@ -374,6 +375,38 @@ def test_every_name_that_auto_gives_is_a_method() -> None:
         for effort in range(4):
             for name in chosen(bits, effort).split("+"):
                 assert hasattr(find("fewbit.methods", name), "NEEDS")
+
+
+@pytest.mark.parametrize(
+    ("spec", "method", "share"),
+    [
+        ("int3g32", "gptq", 0.25),
+        ("int2g32", "awq+gptq", 0.25),
+        ("int3g32", "tuned", 0.25),
+        ("int2g32", "tuned", 0),
+        ("int4g32", "gptq", 0),
+    ],
+)
+def test_a_share_of_the_drift_is_made_good_where_that_helps(
+    tiny_folder: Path, tmp_path: Path, spec: str, method: str, share: float
+) -> None:
+    written = {}
+    for drift in (None, 0.25, 0):
+        out = tmp_path / str(drift)
+        fewbit.quantize(tiny_folder, out, **recipe(method) | {"format": spec, "drift": drift})
+        assert describe(out).facts["drift"] == (share if drift is None else drift)
+        (file,) = out.glob("*.safetensors")
+        written[drift] = load_file(file)["model.layers.1.mlp.down_proj.weight_packed"]
+    assert torch.equal(written[None], written[share])
+    assert not torch.equal(written[0.25], written[0])
+
+
+def test_awq_knows_no_drift(tiny_folder: Path, tmp_path: Path) -> None:
+    options = recipe("awq") | {"format": "int3g32"}
+    with pytest.raises(FewbitError, match="awq has no use for drift"):
+        fewbit.quantize(tiny_folder, tmp_path / "q", **options, drift=0.25)
+    fewbit.quantize(tiny_folder, tmp_path / "q", **options)
+    assert describe(tmp_path / "q").facts["drift"] == 0
 
 
 def test_effort_is_worth_its_time(tiny_folder: Path, tmp_path: Path) -> None:

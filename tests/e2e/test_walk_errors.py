@@ -168,7 +168,7 @@ def test_windows_longer_than_the_context(tiny_folder: Path, tmp_path: Path) -> N
         ({"effort": -1}, "effort -1"),
         ({"prefix": "both"}, "prefix"),
         ({"prefix": "original", "drift": True}, "--drift"),
-        ({"method": "rtn"}, "rtn looks at weights alone"),
+        ({"method": "rtn"}, "rtn has no use for windows"),
         ({"scales": "best"}, "scales"),
         ({"windows": 0}, "windows"),
         ({"length": 0}, "length"),

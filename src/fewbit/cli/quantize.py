@@ -64,11 +64,9 @@ def _add_calibration(parser: Parser) -> None:
     group.add_argument(
         "--drift",
         type=float,
-        nargs="?",
-        const=0.25,
-        default=0.0,
         metavar="SHARE",
-        help="let each linear make good this share of what the quantized ones before it changed (0.25 if not given)",
+        help="let each linear make good this share of what the quantized ones before it changed (default: a quarter "
+        "up to 3 bits, 0 above)",
     )
     group.add_argument(
         "--weighting",
