@@ -8,6 +8,7 @@ namespace fewbit {
 namespace {
 
 // Codes of 4 bits: 8 products of at most 15 * 127, twice, stay below 2^15, so a whole block is summed in 16 bits.
+// Codes of 6 bits: 2 products of at most 63 * 127, twice, do.
 // Codes of 8 bits are moved to -128..127 and multiplied as |code| times x with the code's sign:
 // 2 * 128 * 127 < 2^15, where the unsigned code (255) would saturate.
 constexpr int32_t kBias8 = 128;
@@ -16,8 +17,11 @@ struct Isa {
     static constexpr int lanes = 8;
     using Floats = __m256;
     using Sum = __m256i;
+    using Line = __m256i;
     template <int Bits>
-    struct Codes;
+    struct Codes {
+        __m256i w;
+    };
 
     static Floats zero() { return _mm256_setzero_ps(); }
     static Floats splat(float x) { return _mm256_set1_ps(x); }
@@ -32,17 +36,42 @@ struct Isa {
     }
     static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 
-    static inline void load(const uint8_t *block, int part, int pair, Codes<4> &a, Codes<4> &b);
-    static inline void load(const uint8_t *block, int part, int pair, Codes<8> &a, Codes<8> &b);
+    static Line load_line(const uint8_t *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
+    static void store_line(uint8_t *p, Line x) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), x); }
+    template <int N>
+    static Line left(Line x) {
+        return _mm256_slli_epi16(x, N);
+    }
+    template <int N>
+    static Line right(Line x) {
+        return _mm256_srli_epi16(x, N);
+    }
+    template <int M>
+    static Line masked(Line x) {
+        return _mm256_and_si256(x, _mm256_set1_epi8(M));
+    }
+    template <int M>
+    static Line merged(Line low, Line x) {
+        return _mm256_or_si256(low, masked<M>(x));
+    }
+    template <int Bits>
+    static Codes<Bits> codes(Line line) {
+        return {line};
+    }
     template <int Bits>
     static Sum begin(int32_t) {
         return _mm256_setzero_si256();
     }
-    static inline Sum dot(Sum sum, const Codes<4> &codes, const int8_t *x);
-    static inline Sum dot(Sum sum, const Codes<8> &codes, const int8_t *x);
+    template <int Bits>
+    static Sum dot(Sum sum, const Codes<Bits> &a, const Codes<Bits> &b, const int8_t *x) {
+        const __m256i pairs =
+            _mm256_add_epi16(_mm256_maddubs_epi16(a.w, broadcast(x)), _mm256_maddubs_epi16(b.w, broadcast(x + 4)));
+        if constexpr (Bits <= 4) return _mm256_add_epi16(sum, pairs);
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
     template <int Bits>
     static Floats finish(Sum sum, int32_t start) {
-        if constexpr (Bits == 4) sum = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+        if constexpr (Bits <= 4) sum = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
         return _mm256_cvtepi32_ps(_mm256_add_epi32(sum, _mm256_set1_epi32(start)));
     }
     static __m256i broadcast(const int8_t *x) {
@@ -64,47 +93,32 @@ struct Isa {
 };
 
 template <>
-struct Isa::Codes<4> {
-    __m256i w;
-};
-template <>
 struct Isa::Codes<8> {
     __m256i w, magnitude;
 };
 
-inline __m256i load_line(const uint8_t *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
-
-inline void Isa::load(const uint8_t *block, int part, int pair, Codes<4> &a, Codes<4> &b) {
-    const __m256i low = _mm256_set1_epi8(15);
-    const __m256i line = load_line(block + pair * 64 + part * 32);
-    a.w = _mm256_and_si256(line, low);
-    b.w = _mm256_and_si256(_mm256_srli_epi16(line, 4), low);
+template <>
+inline Isa::Codes<8> Isa::codes<8>(Line line) {
+    const __m256i w = _mm256_xor_si256(line, _mm256_set1_epi8(-128));
+    return {w, _mm256_abs_epi8(w)};
 }
 
-inline void Isa::load(const uint8_t *block, int part, int pair, Codes<8> &a, Codes<8> &b) {
-    const __m256i top = _mm256_set1_epi8(-128);
-    a.w = _mm256_xor_si256(load_line(block + pair * 128 + part * 32), top);
-    b.w = _mm256_xor_si256(load_line(block + pair * 128 + 64 + part * 32), top);
-    a.magnitude = _mm256_abs_epi8(a.w);
-    b.magnitude = _mm256_abs_epi8(b.w);
-}
-
-inline Isa::Sum Isa::dot(Sum sum, const Codes<4> &codes, const int8_t *x) {
-    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes.w, broadcast(x)));
-}
-
-inline Isa::Sum Isa::dot(Sum sum, const Codes<8> &codes, const int8_t *x) {
-    const __m256i pairs = _mm256_maddubs_epi16(codes.magnitude, _mm256_sign_epi8(broadcast(x), codes.w));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+template <>
+inline Isa::Sum Isa::dot<8>(Sum sum, const Codes<8> &a, const Codes<8> &b, const int8_t *x) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    const __m256i p = _mm256_maddubs_epi16(a.magnitude, _mm256_sign_epi8(broadcast(x), a.w));
+    const __m256i q = _mm256_maddubs_epi16(b.magnitude, _mm256_sign_epi8(broadcast(x + 4), b.w));
+    return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(p, ones), _mm256_madd_epi16(q, ones)));
 }
 
 }  // namespace
 }  // namespace fewbit
 
 #include "activations.inl"
+#include "planes.inl"
 #include "gemm.inl"
 #include "ops.inl"
 
 namespace fewbit {
-const KernelTable kAvx2Kernels = {"avx2", kBias8, quantize, product, rms_norm, gated_silu, attend};
+const KernelTable kAvx2Kernels = {"avx2", kBias8, quantize, product, unpack, rms_norm, gated_silu, attend};
 }  // namespace fewbit

@@ -11,6 +11,7 @@ struct Isa {
     static constexpr int lanes = 16;
     using Floats = __m512;
     using Sum = __m512i;
+    using Line = __m512i;
     template <int Bits>
     struct Codes {
         __m512i w;
@@ -29,25 +30,39 @@ struct Isa {
     }
     static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
-    static void load(const uint8_t *block, int, int pair, Codes<4> &a, Codes<4> &b) {
-        const __m512i low = _mm512_set1_epi8(15);
-        const __m512i line = _mm512_loadu_si512(block + pair * 64);
-        a.w = _mm512_and_si512(line, low);
-        b.w = _mm512_and_si512(_mm512_srli_epi16(line, 4), low);
+    static Line load_line(const uint8_t *p) { return _mm512_loadu_si512(p); }
+    static void store_line(uint8_t *p, Line x) { _mm512_storeu_si512(p, x); }
+    template <int N>
+    static Line left(Line x) {
+        return _mm512_slli_epi16(x, N);
     }
-    static void load(const uint8_t *block, int, int pair, Codes<8> &a, Codes<8> &b) {
-        a.w = _mm512_loadu_si512(block + pair * 128);
-        b.w = _mm512_loadu_si512(block + pair * 128 + 64);
+    template <int N>
+    static Line right(Line x) {
+        return _mm512_srli_epi16(x, N);
+    }
+    template <int M>
+    static Line masked(Line x) {
+        return _mm512_and_si512(x, _mm512_set1_epi8(M));
+    }
+    // one instruction: a | (b & c)
+    template <int M>
+    static Line merged(Line low, Line x) {
+        return _mm512_ternarylogic_epi32(low, x, _mm512_set1_epi8(M), 0xf8);
+    }
+    template <int Bits>
+    static Codes<Bits> codes(Line line) {
+        return {line};
     }
     template <int Bits>
     static Sum begin(int32_t start) {
         return _mm512_set1_epi32(start);
     }
     template <int Bits>
-    static Sum dot(Sum sum, const Codes<Bits> &codes, const int8_t *x) {
-        int32_t quad;
-        memcpy(&quad, x, sizeof quad);
-        return _mm512_dpbusd_epi32(sum, codes.w, _mm512_set1_epi32(quad));
+    static Sum dot(Sum sum, const Codes<Bits> &a, const Codes<Bits> &b, const int8_t *x) {
+        int32_t quads[2];
+        memcpy(quads, x, sizeof quads);
+        sum = _mm512_dpbusd_epi32(sum, a.w, _mm512_set1_epi32(quads[0]));
+        return _mm512_dpbusd_epi32(sum, b.w, _mm512_set1_epi32(quads[1]));
     }
     template <int Bits>
     static Floats finish(Sum sum, int32_t) {
@@ -66,9 +81,10 @@ struct Isa {
 }  // namespace fewbit
 
 #include "activations.inl"
+#include "planes.inl"
 #include "gemm.inl"
 #include "ops.inl"
 
 namespace fewbit {
-const KernelTable kAvx512Kernels = {"avx512vnni", 0, quantize, product, rms_norm, gated_silu, attend};
+const KernelTable kAvx512Kernels = {"avx512vnni", 0, quantize, product, unpack, rms_norm, gated_silu, attend};
 }  // namespace fewbit

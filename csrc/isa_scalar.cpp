@@ -13,10 +13,11 @@ struct Isa {
     struct Sum {
         int32_t v[lanes];
     };
-    template <int Bits>
-    struct Codes {
+    struct Line {
         uint8_t v[lanes * 4];
     };
+    template <int Bits>
+    using Codes = Line;
 
     static Floats zero() { return splat(0.0f); }
     static Floats splat(float x) {
@@ -41,16 +42,35 @@ struct Isa {
         return r;
     }
 
-    static void load(const uint8_t *block, int, int pair, Codes<4> &a, Codes<4> &b) {
-        const uint8_t *line = block + pair * 64;
-        for (int i = 0; i < lanes * 4; ++i) {
-            a.v[i] = line[i] & 15;
-            b.v[i] = line[i] >> 4;
-        }
+    static Line load_line(const uint8_t *p) {
+        Line r;
+        memcpy(r.v, p, sizeof r.v);
+        return r;
     }
-    static void load(const uint8_t *block, int, int pair, Codes<8> &a, Codes<8> &b) {
-        memcpy(a.v, block + pair * 128, sizeof a.v);
-        memcpy(b.v, block + pair * 128 + 64, sizeof b.v);
+    static void store_line(uint8_t *p, const Line &x) { memcpy(p, x.v, sizeof x.v); }
+    template <int N>
+    static Line left(Line x) {
+        for (uint8_t &v : x.v) v = static_cast<uint8_t>(v << N);
+        return x;
+    }
+    template <int N>
+    static Line right(Line x) {
+        for (uint8_t &v : x.v) v = static_cast<uint8_t>(v >> N);
+        return x;
+    }
+    template <int M>
+    static Line masked(Line x) {
+        for (uint8_t &v : x.v) v &= M;
+        return x;
+    }
+    template <int M>
+    static Line merged(Line low, const Line &x) {
+        for (int i = 0; i < lanes * 4; ++i) low.v[i] = static_cast<uint8_t>(low.v[i] | (x.v[i] & M));
+        return low;
+    }
+    template <int Bits>
+    static const Line &codes(const Line &line) {
+        return line;
     }
     template <int Bits>
     static Sum begin(int32_t start) {
@@ -58,11 +78,10 @@ struct Isa {
         for (int i = 0; i < lanes; ++i) r.v[i] = start;
         return r;
     }
-    template <class C>
-    static Sum dot(Sum sum, const C &codes, const int8_t *x) {
+    template <int Bits>
+    static Sum dot(Sum sum, const Line &a, const Line &b, const int8_t *x) {
         for (int i = 0; i < lanes; ++i) {
-            const uint8_t *w = codes.v + 4 * i;
-            sum.v[i] += w[0] * x[0] + w[1] * x[1] + w[2] * x[2] + w[3] * x[3];
+            for (int k = 0; k < 4; ++k) sum.v[i] += a.v[4 * i + k] * x[k] + b.v[4 * i + k] * x[4 + k];
         }
         return sum;
     }
@@ -86,9 +105,10 @@ struct Isa {
 }  // namespace fewbit
 
 #include "activations.inl"
+#include "planes.inl"
 #include "gemm.inl"
 #include "ops.inl"
 
 namespace fewbit {
-const KernelTable kScalarKernels = {"scalar", 0, quantize, product, rms_norm, gated_silu, attend};
+const KernelTable kScalarKernels = {"scalar", 0, quantize, product, unpack, rms_norm, gated_silu, attend};
 }  // namespace fewbit

@@ -21,8 +21,9 @@ inline constexpr int kChunk = 256;
 enum class Scalar : int { f32 = 0, f16 = 1, bf16 = 2 };
 
 // Rows that share code width, span, scale type and kind of zero. Layouts, with B = ceil(columns / 32):
-//   codes    [row_blocks][B][bytes]  quad q (columns 4q..4q+3) of row r lies at bytes 4r..4r+3 of a 64-byte line;
-//            8 bits: line q; 4 bits: line q / 2, even q in the low nibbles
+//   codes    [row_blocks][B][64 * packed_bits]: quad q (columns 4q..4q+3) of row r lies at bytes 4r..4r+3 of a line of
+//            64 bytes. 8 bits: line q. Else a plane of the low 4 bits (2 below 4 bits), then one of the bits that are
+//            left: a plane of p bits has p lines, line i holds quads 8i/p .. 8(i+1)/p - 1, the first in the lowest bits
 //   scales   [row_blocks][groups][16]
 //   offsets  [row_blocks][groups][16], null where `zero` is a constant
 struct BlockView {
@@ -34,7 +35,8 @@ struct BlockView {
     int64_t column_blocks;
     int64_t groups;
     int64_t blocks_per_group;
-    int code_bits;
+    int code_bits;    // codes are below 2^code_bits
+    int packed_bits;  // what a code takes: code_bits, or 8
     Scalar scale_type;
     int32_t zero;
 };
@@ -76,6 +78,8 @@ struct KernelTable {
     void (*quantize)(const float *x, int64_t columns, int8_t *codes, float *scale, int32_t *sums, int step);
     // Output rows of row blocks [begin, end) for one tile; y is the tile's first token.
     void (*product)(const BlockView &, const TileView &, int64_t begin, int64_t end, float *y, int64_t y_stride);
+    // The codes of a row block as packed_bits = 8, [column_blocks][8 * 64]: worth it for many tokens.
+    void (*unpack)(const BlockView &, int64_t row_block, uint8_t *out);
     void (*rms_norm)(const float *x, const float *weight, float *y, int64_t n, float eps);
     void (*gated_silu)(const float *gate, const float *up, float *y, int64_t n);
     void (*attend)(const AttendTask &);

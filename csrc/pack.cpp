@@ -22,42 +22,50 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 size_t scalar_bytes(Scalar type) { return type == Scalar::f32 ? 4 : 2; }
 
-// Where the quad of a row lies within a block of 8-bit or 4-bit codes.
-template <int Bits>
-uint8_t *quad_at(uint8_t *block, int lane, int64_t quad) {
-    return block + (Bits == 8 ? quad : quad / 2) * 64 + lane * 4;
+// Where a quad's bits lie in a plane of `bits` a code: the row's word of a line, and the shift in it.
+uint8_t *word_of(uint8_t *plane, int bits, int lane, int64_t quad) { return plane + quad * bits / 8 * 64 + lane * 4; }
+int shift_of(int bits, int64_t quad) { return static_cast<int>(quad % (8 / bits)) * bits; }
+
+int low_plane(int packed_bits) { return packed_bits == 8 ? 8 : packed_bits >= 4 ? 4 : 2; }
+
+void add_bits(uint8_t *plane, int bits, int lane, int64_t quad, uint32_t codes) {
+    uint8_t *at = word_of(plane, bits, lane, quad);
+    uint32_t word;
+    std::memcpy(&word, at, 4);
+    word |= (codes & 0x01010101u * ((1u << bits) - 1)) << shift_of(bits, quad);
+    std::memcpy(at, &word, 4);
 }
 
-template <int Bits>
+// Zeroed codes of a row get their values.
 void fill_row(const BlockView &w, uint8_t *codes, int64_t row, const uint8_t *from) {
-    constexpr int64_t kBytes = kRows * kColumns * Bits / 8;
-    uint8_t *block = codes + row / kRows * w.column_blocks * kBytes;
+    const int low = low_plane(w.packed_bits), high = w.packed_bits - low;
+    const int64_t bytes = int64_t{64} * w.packed_bits;
+    uint8_t *blocks = codes + row / kRows * w.column_blocks * bytes;
     const int lane = static_cast<int>(row % kRows);
-    // columns of one quad of bytes: four codes, or two quads of codes in its low and high halves
-    constexpr int64_t kStep = 32 / Bits;
-    for (int64_t column = 0; column < w.columns; column += kStep) {
-        uint32_t quads[2] = {};
-        if (column + kStep <= w.columns) {
-            std::memcpy(quads, from + column, kStep);
-        } else {
-            std::memcpy(quads, from + column, static_cast<size_t>(w.columns - column));
-        }
-        if constexpr (Bits == 4) quads[0] = (quads[0] & 0x0f0f0f0fu) | (quads[1] & 0x0f0f0f0fu) << 4;
-        std::memcpy(quad_at<Bits>(block + column / kColumns * kBytes, lane, column % kColumns / 4), quads, 4);
+    for (int64_t column = 0; column < w.columns; column += 4) {
+        uint32_t four = 0;
+        std::memcpy(&four, from + column, static_cast<size_t>(std::min<int64_t>(4, w.columns - column)));
+        uint8_t *block = blocks + column / kColumns * bytes;
+        const int64_t quad = column % kColumns / 4;
+        add_bits(block, low, lane, quad, four);
+        if (high) add_bits(block + 64 * low, high, lane, quad, four >> low);
     }
 }
 
-template <int Bits>
 void read_row(const BlockView &w, int64_t row, float *y) {
-    constexpr int64_t kBytes = kRows * kColumns * Bits / 8;
-    const uint8_t *block = w.codes + row / kRows * w.column_blocks * kBytes;
+    const int low = low_plane(w.packed_bits), high = w.packed_bits - low;
+    const int64_t bytes = int64_t{64} * w.packed_bits;
+    uint8_t *blocks = const_cast<uint8_t *>(w.codes) + row / kRows * w.column_blocks * bytes;
     const int lane = static_cast<int>(row % kRows);
     const int64_t first = row / kRows * w.groups * kRows + lane;
     for (int64_t column = 0; column < w.columns; ++column) {
-        const uint8_t *quad =
-            quad_at<Bits>(const_cast<uint8_t *>(block) + column / kColumns * kBytes, lane, column % kColumns / 4);
-        int32_t code = quad[column % 4];
-        if constexpr (Bits == 4) code = column / 4 % 2 == 0 ? code & 15 : code >> 4;
+        uint8_t *block = blocks + column / kColumns * bytes;
+        const int64_t quad = column % kColumns / 4;
+        const auto bits_at = [&](uint8_t *plane, int bits) {
+            return word_of(plane, bits, lane, quad)[column % 4] >> shift_of(bits, quad) & ((1 << bits) - 1);
+        };
+        int32_t code = bits_at(block, low);
+        if (high) code |= bits_at(block + 64 * low, high) << low;
         const int64_t at = first + column / kColumns / w.blocks_per_group * kRows;
         const float value = static_cast<float>(code - w.zero) * load_scalar(w.scales, at, w.scale_type);
         y[column] = w.offsets ? value + w.offsets[at] : value;
@@ -88,8 +96,8 @@ int64_t Matrix::add_block(int64_t rows, int64_t span, int code_bits, int scale_t
     if (rows <= 0 || columns_ <= 0 || span <= 0 || (span % kColumns != 0 && span < columns_)) {
         throw std::invalid_argument("a block needs rows and a span that is a multiple of 32 or covers the row");
     }
-    if ((code_bits != 4 && code_bits != 8) || scale_type < 0 || scale_type > 2 || zero < 0 || zero > 255) {
-        throw std::invalid_argument("codes take 4 or 8 bits, scale types are 0 to 2, zero is 0 to 255");
+    if (code_bits < 2 || code_bits > 8 || code_bits == 7 || scale_type < 0 || scale_type > 2 || zero < 0 || zero > 255) {
+        throw std::invalid_argument("codes take 2 to 6 or 8 bits, scale types are 0 to 2, zero is 0 to 255");
     }
     BlockView view{};
     view.rows = rows;
@@ -97,12 +105,12 @@ int64_t Matrix::add_block(int64_t rows, int64_t span, int code_bits, int scale_t
     view.column_blocks = ceil_div(columns_, kColumns);
     view.blocks_per_group = span >= columns_ ? view.column_blocks : span / kColumns;
     view.groups = ceil_div(view.column_blocks, view.blocks_per_group);
-    view.code_bits = code_bits;
+    view.code_bits = view.packed_bits = code_bits;
     view.scale_type = static_cast<Scalar>(scale_type);
     view.zero = zero;
     const size_t row_blocks = static_cast<size_t>(ceil_div(rows, kRows));
     const size_t per_group = row_blocks * static_cast<size_t>(view.groups) * kRows;
-    const size_t block_bytes = static_cast<size_t>(kRows * kColumns * code_bits / 8);
+    const size_t block_bytes = static_cast<size_t>(64 * code_bits);
     Block block{Buffer(row_blocks * static_cast<size_t>(view.column_blocks) * block_bytes),
                 Buffer(per_group * scalar_bytes(view.scale_type)), Buffer(offsets ? per_group * sizeof(float) : 0),
                 view, rows_};
@@ -127,8 +135,7 @@ void Matrix::fill(int64_t index, int64_t first, int64_t count, const uint8_t *co
     parallel_for(ceil_div(count, kStep), [&](int64_t task) {
         for (int64_t i = task * kStep; i < std::min(count, (task + 1) * kStep); ++i) {
             const int64_t row = first + i;
-            w.code_bits == 4 ? fill_row<4>(w, block.codes.data(), row, codes + i * w.columns)
-                             : fill_row<8>(w, block.codes.data(), row, codes + i * w.columns);
+            fill_row(w, block.codes.data(), row, codes + i * w.columns);
             const int64_t at = row / kRows * w.groups * kRows + row % kRows;
             for (int64_t g = 0; g < w.groups; ++g) {
                 const size_t from = static_cast<size_t>(i * w.groups + g);
@@ -152,7 +159,7 @@ bool Matrix::rows(const int64_t *ids, int64_t count, float *y) const {
             });
             const int64_t row = ids[i] - after->first_row;
             float *to = y + i * columns_;
-            after->view.code_bits == 4 ? read_row<4>(after->view, row, to) : read_row<8>(after->view, row, to);
+            read_row(after->view, row, to);
         }
     });
     return true;

@@ -12,7 +12,9 @@ namespace {
 // Quantized activations of one pass; more tokens than fit are taken in several passes over the weights.
 constexpr int64_t kPassBytes = int64_t{8} << 20;
 // Activations a task walks through for each of its row blocks: they stay in a core's second-level cache.
-constexpr int64_t kTaskBytes = int64_t{128} << 10;
+constexpr int64_t kTaskBytes = int64_t{384} << 10;
+// From so many tiles on, a row block's codes are unpacked once and not once a tile.
+constexpr int64_t kUnpackTiles = 3;
 // Tasks for each thread, so that a thread which is held up does not hold up the rest.
 constexpr int64_t kTasksPerThread = 4;
 // Below this many inputs, waking threads costs more than quantizing.
@@ -95,10 +97,58 @@ const float *group_sums(Scratch &scratch, const Activations &a, const BlockView 
     return out;
 }
 
+// One row block times the tiles of a task; its codes stay in the caches while all tiles pass over them.
+struct RowBlocks {
+    const KernelTable &k;
+    const BlockView &w;
+    const Activations &a;
+    const int32_t *start;
+    const float *sums;
+    float *y;
+    int64_t y_stride;
+
+    TileView tile(int64_t i) const {
+        const int64_t at = i * kTile * a.blocks;
+        return {a.codes + at * kColumns, a.scale + at, start + at, sums ? sums + i * kTile * w.groups : nullptr,
+                a.width(i)};
+    }
+
+    void multiply(int64_t first_row, int64_t last_row, int64_t first_tile, int64_t last_tile) const {
+        if (last_tile - first_tile == 1) return product(w, first_row, last_row, first_tile, last_tile, y);
+        const bool unpacks = w.packed_bits < 8 && last_tile - first_tile >= kUnpackTiles;
+        for (int64_t row = first_row; row < last_row; ++row) {
+            if (unpacks) {
+                product(unpacked(row), 0, 1, first_tile, last_tile, y + row * kRows);
+            } else {
+                product(w, row, row + 1, first_tile, last_tile, y);
+            }
+        }
+    }
+
+  private:
+    void product(const BlockView &v, int64_t row, int64_t end, int64_t first_tile, int64_t last_tile, float *to) const {
+        for (int64_t i = first_tile; i < last_tile; ++i) {
+            k.product(v, tile(i), row, end, to + i * kTile * y_stride, y_stride);
+        }
+    }
+
+    // The row block alone, with a byte for each code, in memory of the calling thread.
+    BlockView unpacked(int64_t row) const {
+        thread_local std::vector<uint8_t> codes;
+        k.unpack(w, row, room(codes, w.column_blocks * kRows * kColumns));
+        BlockView v = w;
+        v.codes = codes.data();
+        v.packed_bits = 8;
+        v.rows = std::min<int64_t>(kRows, w.rows - row * kRows);
+        const int64_t scales = row * w.groups * kRows;
+        v.scales = static_cast<const uint8_t *>(w.scales) + scales * (w.scale_type == Scalar::f32 ? 4 : 2);
+        if (w.offsets) v.offsets = w.offsets + scales;
+        return v;
+    }
+};
+
 void multiply_block(Scratch &scratch, const Activations &a, const BlockView &w, float *y, int64_t y_stride) {
-    const KernelTable &k = kernels();
-    const int32_t *start = starts(scratch, a, w);
-    const float *sums = group_sums(scratch, a, w);
+    const RowBlocks work{kernels(), w, a, starts(scratch, a, w), group_sums(scratch, a, w), y, y_stride};
     const int64_t row_blocks = ceil_div(w.rows, kRows);
     const int64_t tile_bytes = kTile * a.blocks * kColumns;
     const int64_t tiles_per_task = std::clamp<int64_t>(kTaskBytes / tile_bytes, 1, a.tiles());
@@ -111,16 +161,7 @@ void multiply_block(Scratch &scratch, const Activations &a, const BlockView &w, 
         const int64_t last_tile = std::min(a.tiles(), first_tile + tiles_per_task);
         const int64_t first_row = task % row_tasks * rows_per_task;
         const int64_t last_row = std::min(row_blocks, first_row + rows_per_task);
-        // one row block at a time stays in the first-level cache while all tiles pass over it
-        const int64_t rows_at_once = last_tile - first_tile > 1 ? 1 : last_row - first_row;
-        for (int64_t row = first_row; row < last_row; row += rows_at_once) {
-            for (int64_t tile = first_tile; tile < last_tile; ++tile) {
-                const int64_t at = tile * kTile * a.blocks;
-                const TileView x{a.codes + at * kColumns, a.scale + at, start + at,
-                                 sums ? sums + tile * kTile * w.groups : nullptr, a.width(tile)};
-                k.product(w, x, row, std::min(last_row, row + rows_at_once), y + tile * kTile * y_stride, y_stride);
-            }
-        }
+        work.multiply(first_row, last_row, first_tile, last_tile);
     });
 }
 

@@ -1,6 +1,6 @@
-"""Native CPU kernels: packed 4- and 8-bit weights times activations rounded to int8.
+"""Native CPU kernels: packed weights of 2 to 8 bits times activations rounded to int8.
 
-Weights stay as stored: 4 bits for codes of up to 4 bits, 8 for wider ones, beside the scales in their own dtype. Each
+Weights take the bits they are stored with (7-bit codes a byte), beside the scales in their own dtype. Each
 call rounds its activations once, symmetrically in groups of 32 inputs (scale = absmax / 127), multiplies in integers
 and scales in float32. Results do not depend on the number of threads, nor a row's on the rows beside it.
 """
@@ -55,7 +55,7 @@ class _Kind:
         columns = a.codes.shape[1]
         span = a.span if a.span < columns else columns
         zero, offsets = (0, True) if a.zero is None else (a.zero, False)
-        return cls(span, 4 if a.bits <= 4 else 8, SCALE_TYPES[a.scale.dtype], zero, offsets)
+        return cls(span, 8 if a.bits == 7 else a.bits, SCALE_TYPES[a.scale.dtype], zero, offsets)
 
 
 class Cpu(Backend):
