@@ -12,6 +12,7 @@ struct Isa {
     using Floats = __m512;
     using Sum = __m512i;
     using Line = __m512i;
+    typedef int32_t Quad __attribute__((may_alias, aligned(1)));
     template <int Bits>
     struct Codes {
         __m512i w;
@@ -59,8 +60,8 @@ struct Isa {
     }
     template <int Bits>
     static Sum dot(Sum sum, const Codes<Bits> &a, const Codes<Bits> &b, const int8_t *x) {
-        int32_t quads[2];
-        memcpy(quads, x, sizeof quads);
+        // loads of this type fold into the instruction; through memcpy GCC takes each quad by a general register
+        const Quad *quads = reinterpret_cast<const Quad *>(x);
         sum = _mm512_dpbusd_epi32(sum, a.w, _mm512_set1_epi32(quads[0]));
         return _mm512_dpbusd_epi32(sum, b.w, _mm512_set1_epi32(quads[1]));
     }
