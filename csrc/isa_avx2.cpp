@@ -102,9 +102,11 @@ inline Isa::Sum Isa::dot(Sum sum, const Codes<8> &codes, const int8_t *x) {
 }  // namespace fewbit
 
 #include "activations.inl"
+#include "ceilings.inl"
 #include "gemm.inl"
 #include "ops.inl"
 
 namespace fewbit {
-const KernelTable kAvx2Kernels = {"avx2", kBias8, quantize, product, rms_norm, gated_silu, attend};
+const KernelTable kAvx2Kernels = {"avx2", kBias8, quantize, product, rms_norm, gated_silu, attend,
+                                    read_bits, dots};
 }  // namespace fewbit

@@ -66,9 +66,11 @@ struct Isa {
 }  // namespace fewbit
 
 #include "activations.inl"
+#include "ceilings.inl"
 #include "gemm.inl"
 #include "ops.inl"
 
 namespace fewbit {
-const KernelTable kAvx512Kernels = {"avx512vnni", 0, quantize, product, rms_norm, gated_silu, attend};
+const KernelTable kAvx512Kernels = {"avx512vnni", 0, quantize, product, rms_norm, gated_silu, attend,
+                                    read_bits, dots};
 }  // namespace fewbit

@@ -86,9 +86,11 @@ struct Isa {
 }  // namespace fewbit
 
 #include "activations.inl"
+#include "ceilings.inl"
 #include "gemm.inl"
 #include "ops.inl"
 
 namespace fewbit {
-const KernelTable kScalarKernels = {"scalar", 0, quantize, product, rms_norm, gated_silu, attend};
+const KernelTable kScalarKernels = {"scalar", 0, quantize, product, rms_norm, gated_silu, attend,
+                                    read_bits, dots};
 }  // namespace fewbit
