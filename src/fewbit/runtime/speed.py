@@ -79,7 +79,6 @@ def measure_speed(
         raise FewbitError(
             "There is nothing to time.", f"prompt {prompt}, new {new}, repeat {repeat}.", "Give 1 or more of each."
         )
-    report = progress or (lambda done, total, doing: None)
     with PeakMemory() as memory:
         clock = time.perf_counter()
         loaded = load(model, threads=threads)
@@ -91,46 +90,53 @@ def measure_speed(
                 "Give fewer tokens with --prompt or --tokens.",
             )
         # warms caches and threads; the ceilings' buffer comes later, as it is not the model's memory
-        report(0, repeat + 1, "warming up")
+        if progress:
+            progress(0, repeat + 1, "warming up")
         time_once(loaded, prompt, new)
     machine = ceilings()
     runs, found = [], []
     for i in range(repeat):
-        report(i + 1, repeat + 1, f"run {i + 1} of {repeat}")
-        found.append(machine.measure() if machine else None)
+        if progress:
+            progress(i + 1, repeat + 1, f"run {i + 1} of {repeat}")
+        if machine:
+            found.append(machine.measure())
         runs.append(time_once(loaded, prompt, new))
-    prompt_rates = tuple(prompt / seconds for seconds, _ in runs)
-    decode_rates = tuple(new / seconds for _, seconds in runs)
-    prompt_rate, decode_rate = statistics.median(prompt_rates), statistics.median(decode_rates)
-    ceiling = _median([c for c in found if c])
-    read, dots = read_bytes(loaded), multiply_adds(loaded, prompt)
     return Speed(
         model=loaded.name,
         load_seconds=load_seconds,
-        prompt_tokens=prompt,
-        prompt_rate=prompt_rate,
-        prompt_rates=prompt_rates,
-        new_tokens=new,
-        decode_rate=decode_rate,
-        decode_rates=decode_rates,
         peak_memory=memory.peak,
         weight_bytes=loaded.source.checkpoint.weight_bytes(),
-        read_bytes=read,
-        multiply_adds=dots,
-        read_ceiling=ceiling and ceiling.read_rate,
-        dot_ceiling=ceiling and ceiling.dot_rate,
-        prompt_share=ceiling and prompt_rate * dots / prompt / ceiling.dot_rate,
-        decode_share=ceiling and decode_rate * read / ceiling.read_rate,
         threads=torch.get_num_threads(),
         backends=dict(Counter(linear.backend.name for linear in linears(loaded))),
         instruction_set=machine.cpu.isa if machine else None,
+        **_rates(loaded, prompt, new, runs, found),
     )
 
 
-def _median(found: list[Ceiling]) -> Ceiling | None:
-    if not found:
-        return None
-    return Ceiling(statistics.median(c.read_rate for c in found), statistics.median(c.dot_rate for c in found))
+def _rates(
+    model: LanguageModel, prompt: int, new: int, runs: list[tuple[float, float]], found: list[Ceiling]
+) -> dict[str, Any]:
+    """The fields of Speed that follow from the runs' seconds and the ceilings found between them."""
+    prompt_rates = tuple(prompt / seconds for seconds, _ in runs)
+    decode_rates = tuple(new / seconds for _, seconds in runs)
+    prompt_rate, decode_rate = statistics.median(prompt_rates), statistics.median(decode_rates)
+    read = statistics.median(c.read_rate for c in found) if found else None
+    dots = statistics.median(c.dot_rate for c in found) if found else None
+    per_token, adds = read_bytes(model), multiply_adds(model, prompt)
+    return {
+        "prompt_tokens": prompt,
+        "prompt_rate": prompt_rate,
+        "prompt_rates": prompt_rates,
+        "new_tokens": new,
+        "decode_rate": decode_rate,
+        "decode_rates": decode_rates,
+        "read_bytes": per_token,
+        "multiply_adds": adds,
+        "read_ceiling": read,
+        "dot_ceiling": dots,
+        "prompt_share": prompt_rate * adds / prompt / dots if dots else None,
+        "decode_share": decode_rate * per_token / read if read else None,
+    }
 
 
 def time_once(model: LanguageModel, prompt: int, new: int) -> tuple[float, float]:
