@@ -1,13 +1,19 @@
 // The Python face of the kernels. Tensors come as addresses: converting one through DLPack takes longer than the
 // product of a small layer. kernels/cpu.py checks shapes, types and contiguity before it calls.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <tuple>
 
 #include "ceilings.h"
+#include "checksum.h"
 #include "dispatch.h"
 #include "ops.h"
 #include "pack.h"
@@ -25,6 +31,59 @@ namespace {
 template <class T>
 T *at(Address address) {
     return reinterpret_cast<T *>(address);
+}
+
+// A buffer of bytes (a mapping of a file, say) that stays as it is while it is held.
+using Bytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using ReadOnlyBytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// Where [offset, offset + count) of a buffer begins.
+template <class Buffer>
+auto *range(const Buffer &buffer, int64_t offset, int64_t count) {
+    const auto size = static_cast<int64_t>(buffer.size());
+    if (offset < 0 || count < 0 || offset > size || count > size - offset) {
+        throw std::invalid_argument("the range leaves the buffer");
+    }
+    return buffer.data() + offset;
+}
+
+template <class Buffer>
+void place(Matrix &self, Buffer buffer, int64_t offset, int64_t count, bool writable) {
+    auto *memory = const_cast<uint8_t *>(range(buffer, offset, count));
+    self.place(memory, static_cast<size_t>(count), writable, std::make_shared<Buffer>(std::move(buffer)));
+}
+
+void bind_layouts(nb::module_ &m, nb::class_<Matrix> &matrix) {
+    matrix.def("allocate", &Matrix::allocate, Unlocked())
+        .def(
+            "place_new",
+            [](Matrix &self, Bytes buffer, int64_t offset, int64_t count) {
+                place(self, std::move(buffer), offset, count, true);
+            },
+            "buffer"_a, "offset"_a, "count"_a)
+        .def(
+            "place",
+            [](Matrix &self, ReadOnlyBytes buffer, int64_t offset, int64_t count) {
+                place(self, std::move(buffer), offset, count, false);
+            },
+            "buffer"_a, "offset"_a, "count"_a)
+        .def("blocks", [](const Matrix &self) {
+            std::vector<std::tuple<int64_t, int64_t, int, int, int32_t, bool>> found;
+            for (const fewbit::Block &b : self.blocks()) {
+                found.emplace_back(b.view.rows, b.span, b.view.packed_bits, static_cast<int>(b.view.scale_type),
+                                   b.view.zero, b.has_offsets);
+            }
+            return found;
+        });
+    m.attr("layout") = fewbit::kLayout;
+    m.def(
+        "checksum",
+        [](const ReadOnlyBytes &buffer, int64_t offset, int64_t count) {
+            const uint8_t *from = range(buffer, offset, count);
+            nb::gil_scoped_release unlocked;
+            return fewbit::checksum(from, static_cast<size_t>(count));
+        },
+        "buffer"_a, "offset"_a, "count"_a);
 }
 
 void bind_ops(nb::module_ &m) {
@@ -84,8 +143,8 @@ void bind_ceilings(nb::module_ &m) {
 }  // namespace
 
 NB_MODULE(_cpu, m) {
-    nb::class_<Matrix>(m, "Matrix")
-        .def(nb::init<int64_t>(), "columns"_a)
+    nb::class_<Matrix> matrix(m, "Matrix");
+    matrix.def(nb::init<int64_t>(), "columns"_a)
         .def("add_block", &Matrix::add_block, "rows"_a, "span"_a, "code_bits"_a, "scale_type"_a, "zero"_a, "offsets"_a)
         .def(
             "fill",
@@ -98,6 +157,7 @@ NB_MODULE(_cpu, m) {
         .def(
             "multiply",
             [](const Matrix &self, Address x, int64_t tokens, Address y) {
+                self.expect_memory();
                 fewbit::multiply(self, at<const float>(x), tokens, at<float>(y));
             },
             Unlocked())
@@ -110,6 +170,7 @@ NB_MODULE(_cpu, m) {
         .def_prop_ro("row_count", &Matrix::row_count)
         .def_prop_ro("column_count", &Matrix::column_count)
         .def_prop_ro("nbytes", &Matrix::nbytes);
+    bind_layouts(m, matrix);
     bind_ops(m);
     bind_ceilings(m);
     m.def("set_threads", &fewbit::set_threads, "n"_a, Unlocked());

@@ -72,6 +72,18 @@ void read_row(const BlockView &w, int64_t row, float *y) {
     }
 }
 
+// Codes, scales, offsets: the one place that says in what order.
+Parts parts_of(const BlockView &w, bool has_offsets) {
+    const auto row_blocks = static_cast<size_t>(ceil_div(w.rows, kRows));
+    const size_t per_group = row_blocks * static_cast<size_t>(w.groups) * kRows;
+    const auto lines = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
+    Parts parts{};
+    parts.scales = parts.codes + lines(row_blocks * static_cast<size_t>(w.column_blocks) * 64 * w.packed_bits);
+    parts.offsets = parts.scales + lines(per_group * scalar_bytes(w.scale_type));
+    parts.end = parts.offsets + (has_offsets ? lines(per_group * sizeof(float)) : 0);
+    return parts;
+}
+
 }  // namespace
 
 Buffer::Buffer(size_t bytes) : data_(nullptr), size_(bytes) {
@@ -89,10 +101,11 @@ Buffer::~Buffer() {
     if (data_) ::operator delete(data_, std::align_val_t(size_ >= kHugePage ? kHugePage : 64));
 }
 
-Buffer::Buffer(Buffer &&other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-
 int64_t Matrix::add_block(int64_t rows, int64_t span, int code_bits, int scale_type, int32_t zero, bool offsets) {
+    if (memory_) throw std::invalid_argument("blocks are told before there is memory for them");
+    // a bound, so that no product of these overflows
+    constexpr int64_t kMost = int64_t{1} << 31;
+    if (rows > kMost || columns_ > kMost || rows_ > kMost) throw std::invalid_argument("the matrix is too large");
     if (rows <= 0 || columns_ <= 0 || span <= 0 || (span % kColumns != 0 && span < columns_)) {
         throw std::invalid_argument("a block needs rows and a span that is a multiple of 32 or covers the row");
     }
@@ -108,25 +121,48 @@ int64_t Matrix::add_block(int64_t rows, int64_t span, int code_bits, int scale_t
     view.code_bits = view.packed_bits = code_bits;
     view.scale_type = static_cast<Scalar>(scale_type);
     view.zero = zero;
-    const size_t row_blocks = static_cast<size_t>(ceil_div(rows, kRows));
-    const size_t per_group = row_blocks * static_cast<size_t>(view.groups) * kRows;
-    const size_t block_bytes = static_cast<size_t>(64 * code_bits);
-    Block block{Buffer(row_blocks * static_cast<size_t>(view.column_blocks) * block_bytes),
-                Buffer(per_group * scalar_bytes(view.scale_type)), Buffer(offsets ? per_group * sizeof(float) : 0),
-                view, rows_};
-    block.view.codes = block.codes.data();
-    block.view.scales = block.scales.data();
-    block.view.offsets = reinterpret_cast<const float *>(block.offsets.data());
-    blocks_.push_back(std::move(block));
+    const Parts parts = parts_of(view, offsets);
+    if (bytes_ > size_t{1} << 48 || parts.end > size_t{1} << 48) throw std::invalid_argument("the matrix is too large");
+    blocks_.push_back({view, rows_, std::min(span, columns_), offsets, parts});
     rows_ += rows;
+    bytes_ += parts.end;
     return static_cast<int64_t>(blocks_.size()) - 1;
+}
+
+void Matrix::allocate() {
+    auto own = std::make_shared<Buffer>(bytes_);
+    uint8_t *memory = own->data();
+    place(memory, bytes_, true, std::move(own));
+}
+
+void Matrix::place(uint8_t *memory, size_t bytes, bool writable, std::shared_ptr<const void> owner) {
+    if (memory_) throw std::invalid_argument("the matrix has memory");
+    if (!memory || bytes_ == 0 || bytes != bytes_ || reinterpret_cast<uintptr_t>(memory) % 64 != 0) {
+        throw std::invalid_argument("the memory does not fit the blocks");
+    }
+    memory_ = memory;
+    writable_ = writable;
+    owner_ = std::move(owner);
+    for (Block &block : blocks_) {
+        block.view.codes = memory + block.parts.codes;
+        block.view.scales = memory + block.parts.scales;
+        if (block.has_offsets) block.view.offsets = reinterpret_cast<const float *>(memory + block.parts.offsets);
+        memory += block.parts.end;
+    }
+}
+
+void Matrix::expect_memory() const {
+    if (!memory_) throw std::invalid_argument("the matrix has no memory yet");
 }
 
 void Matrix::fill(int64_t index, int64_t first, int64_t count, const uint8_t *codes, const void *scales,
                   const float *offsets) {
     if (index < 0 || index >= static_cast<int64_t>(blocks_.size())) throw std::invalid_argument("no such block");
-    Block &block = blocks_[static_cast<size_t>(index)];
-    const BlockView &w = block.view;
+    if (!writable_) throw std::invalid_argument("the matrix has no memory to fill");
+    const BlockView &w = blocks_[static_cast<size_t>(index)].view;
+    auto *all_codes = const_cast<uint8_t *>(w.codes);
+    auto *all_scales = static_cast<uint8_t *>(const_cast<void *>(w.scales));
+    auto *all_offsets = const_cast<float *>(w.offsets);
     if (first < 0 || count < 0 || first > w.rows - count) throw std::invalid_argument("rows lie outside the block");
     if ((offsets != nullptr) != (w.offsets != nullptr)) throw std::invalid_argument("offsets do not fit the block");
     const size_t width = scalar_bytes(w.scale_type);
@@ -135,20 +171,21 @@ void Matrix::fill(int64_t index, int64_t first, int64_t count, const uint8_t *co
     parallel_for(ceil_div(count, kStep), [&](int64_t task) {
         for (int64_t i = task * kStep; i < std::min(count, (task + 1) * kStep); ++i) {
             const int64_t row = first + i;
-            fill_row(w, block.codes.data(), row, codes + i * w.columns);
+            fill_row(w, all_codes, row, codes + i * w.columns);
             const int64_t at = row / kRows * w.groups * kRows + row % kRows;
             for (int64_t g = 0; g < w.groups; ++g) {
                 const size_t from = static_cast<size_t>(i * w.groups + g);
                 const size_t to = static_cast<size_t>(at + g * kRows);
                 const uint8_t *scale = static_cast<const uint8_t *>(scales) + from * width;
-                std::memcpy(block.scales.data() + to * width, scale, width);
-                if (offsets) reinterpret_cast<float *>(block.offsets.data())[to] = offsets[from];
+                std::memcpy(all_scales + to * width, scale, width);
+                if (offsets) all_offsets[to] = offsets[from];
             }
         }
     });
 }
 
 bool Matrix::rows(const int64_t *ids, int64_t count, float *y) const {
+    expect_memory();
     for (int64_t i = 0; i < count; ++i) {
         if (ids[i] < 0 || ids[i] >= rows_) return false;
     }
@@ -163,12 +200,6 @@ bool Matrix::rows(const int64_t *ids, int64_t count, float *y) const {
         }
     });
     return true;
-}
-
-int64_t Matrix::nbytes() const {
-    size_t total = 0;
-    for (const Block &b : blocks_) total += b.codes.size() + b.scales.size() + b.offsets.size();
-    return static_cast<int64_t>(total);
 }
 
 }  // namespace fewbit

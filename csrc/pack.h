@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -14,10 +15,8 @@ class Buffer {
   public:
     explicit Buffer(size_t bytes);
     ~Buffer();
-    Buffer(Buffer &&other) noexcept;
     Buffer(const Buffer &) = delete;
     Buffer &operator=(const Buffer &) = delete;
-    Buffer &operator=(Buffer &&) = delete;
 
     uint8_t *data() const { return data_; }
     size_t size() const { return size_; }
@@ -27,22 +26,41 @@ class Buffer {
     size_t size_;
 };
 
-// Rows that agree in everything a BlockView says.
-struct Block {
-    Buffer codes, scales, offsets;
-    BlockView view;
-    int64_t first_row;
+// Where the parts of a block lie in its memory, in bytes; each begins on a cache line's border.
+struct Parts {
+    size_t codes, scales, offsets;
+    size_t end;
 };
 
-// A matrix [rows, columns] of one or several blocks of rows.
+// Counted up when what lies in a block's memory changes: layouts that were kept are then made anew.
+inline constexpr int kLayout = 1;
+
+// Rows that agree in everything a BlockView says.
+struct Block {
+    BlockView view;
+    int64_t first_row;
+    int64_t span;
+    bool has_offsets;
+    Parts parts;
+};
+
+// A matrix [rows, columns] of one or several blocks of rows. First its blocks are told, then it gets memory for all of
+// them in one piece: its own, or a range of someone else's (a mapped file).
 class Matrix {
   public:
     explicit Matrix(int64_t columns) : columns_(columns) {}
     Matrix(const Matrix &) = delete;
     Matrix &operator=(const Matrix &) = delete;
 
-    // Room for `rows` more rows; returns the block's index. `span` is a multiple of 32 or at least `columns`.
+    // `rows` more rows; returns the block's index. `span` is a multiple of 32 or at least `columns`.
     int64_t add_block(int64_t rows, int64_t span, int code_bits, int scale_type, int32_t zero, bool offsets);
+
+    // Zeroed memory of its own.
+    void allocate();
+
+    // Memory that `owner` keeps alive, `bytes` of exactly nbytes() from a cache line's border on. Where it may be
+    // written it is zeroed, to be filled; else it holds what `fill` left in another matrix of the same blocks.
+    void place(uint8_t *memory, size_t bytes, bool writable, std::shared_ptr<const void> owner);
 
     // Fill rows [first, first + count) of a block from codes [count][columns] uint8, scales [count][groups] of the
     // block's type and offsets [count][groups] float32 (null without).
@@ -54,13 +72,19 @@ class Matrix {
 
     int64_t row_count() const { return rows_; }
     int64_t column_count() const { return columns_; }
-    int64_t nbytes() const;
+    int64_t nbytes() const { return static_cast<int64_t>(bytes_); }
+    // Throws where there is no memory yet.
+    void expect_memory() const;
     const std::vector<Block> &blocks() const { return blocks_; }
 
   private:
     int64_t columns_;
     int64_t rows_ = 0;
+    size_t bytes_ = 0;
     std::vector<Block> blocks_;
+    std::shared_ptr<const void> owner_;
+    uint8_t *memory_ = nullptr;
+    bool writable_ = false;
 };
 
 }  // namespace fewbit

@@ -128,7 +128,9 @@ class FloatBlock:
         product: torch.dtype = torch.float32,
     ) -> None:
         self.index, self.length, self.device = index, length, device
-        weights = FloatWeights(read or source.read, source.has, (), WindowOps(length), [], device, product)
+        weights = FloatWeights(
+            read or source.read, source.has, (), WindowOps(length), [], device=device, product=product
+        )
         self.prefix = source.module.BLOCK.format(index)
         self.inner = source.module.Block(source.args, weights, self.prefix)
         self.linears, self.vectors = weights.linears, weights.vectors

@@ -15,6 +15,7 @@ from fewbit.errors import FewbitError
 from fewbit.formats import parse
 from fewbit.kernels import Backend, Packed
 from fewbit.kernels.ops import Batch, Ops
+from fewbit.prepared import PreparedLayouts
 from fewbit.qtensor import QTensor
 
 
@@ -31,6 +32,8 @@ class Weights:
     ops: Ops
     # one line for each reason why the slow reference had to run something
     notes: list[str]
+    # packed matrices that are kept from one load to the next
+    prepared: PreparedLayouts | None = None
 
     def dense(self, name: str) -> Tensor:
         """A small tensor (norm, bias) in float32."""
@@ -39,17 +42,22 @@ class Weights:
 
     def linear(self, *names: str) -> Linear:
         """One product for several stacked matrices of the same input, `x.weight` for each name, biases included."""
-        tensors = [self.read(f"{name}.weight") for name in names]
+        backend, packed = (self.prepared and self.prepared.get(names)) or self._packed(names)
         bias = None
         if any(self.has(f"{name}.bias") for name in names):
             bias = torch.cat(
                 [
-                    self.dense(f"{name}.bias") if self.has(f"{name}.bias") else torch.zeros(q.shape[0])
-                    for name, q in zip(names, tensors, strict=True)
+                    self.dense(f"{name}.bias") if self.has(f"{name}.bias") else torch.zeros(rows)
+                    for name, rows in zip(names, packed.splits, strict=True)
                 ]
             )
+        return Linear(backend, packed, bias)
+
+    def _packed(self, names: tuple[str, ...]) -> tuple[Backend, Packed]:
+        tensors = [self.read(f"{name}.weight") for name in names]
         backend = self._choose(names, tensors)
-        return Linear(backend, backend.prepare(tensors), bias)
+        packed = self.prepared.prepare(backend, names, tensors) if self.prepared else backend.prepare(tensors)
+        return backend, packed
 
     def _choose(self, names: Sequence[str], tensors: list[QTensor]) -> Backend:
         reasons: list[str] = []

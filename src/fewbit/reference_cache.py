@@ -20,7 +20,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -129,8 +128,8 @@ class ReferenceCache:
         self.folder = folder or store.cache_dir() / "references"
         self.max_bytes = max_bytes
         self.vocab: int = source.args.vocab_size
-        self._files = _content(source.path)
-        self._stamp = _stamp(self._files)
+        self._files = store.content_files(source.path)
+        self._stamp = store.stamp(self._files)
         self._model = _fingerprint(self._files)
 
     def path(self, window: Tensor) -> Path:
@@ -177,7 +176,7 @@ class ReferenceCache:
 
     def write(self, window: Tensor, exact: Prediction, targets: Tensor) -> bool:
         """Keep the predictions on a window; False where that can't be done, which costs no more than time."""
-        if _stamp(self._files) != self._stamp:
+        if store.stamp(self._files) != self._stamp:
             # the files changed after they were hashed: what was loaded may not be what the name says
             return False
         file = self.path(window)
@@ -248,19 +247,6 @@ def _digest(parts: Iterable[Tensor]) -> str:
     for tensor in parts:
         found.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def _content(path: Path) -> list[Path]:
-    """The files that decide what a model predicts: all weights and all settings of a folder, or the one file."""
-    if path.is_file():
-        return [path]
-    return sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".json") and f.is_file())
-
-
-def _stamp(files: list[Path]) -> list[Any]:
-    """Changes with the files, as far as the system's clock tells."""
-    facts = [f.stat() if f.exists() else None for f in files]
-    return [s and (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in facts]
 
 
 def _fingerprint(files: list[Path]) -> str:

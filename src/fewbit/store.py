@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,34 @@ def cache_dir() -> Path:
 def data_dir() -> Path:
     """What can't: XDG_DATA_HOME or ~/.local/share, then fewbit."""
     return _xdg("XDG_DATA_HOME", ".local/share")
+
+
+def prepared_dir() -> Path:
+    """Where packed weights are kept from one load to the next (`fewbit.prepared`)."""
+    return cache_dir() / "prepared"
+
+
+def prepared_bytes() -> int:
+    """What the kept weights of all models take."""
+    total = 0
+    with suppress(OSError):
+        for file in prepared_dir().iterdir():
+            with suppress(OSError):
+                total += file.lstat().st_size
+    return total
+
+
+def content_files(model: Path) -> list[Path]:
+    """The files that decide what a model computes: all weights and all settings of a folder, or the one file."""
+    if model.is_file():
+        return [model]
+    return sorted(f for f in model.iterdir() if f.suffix in (".safetensors", ".json") and f.is_file())
+
+
+def stamp(files: Sequence[Path]) -> list[Any]:
+    """Changes with the files, as far as the system's clock tells; plain values for JSON."""
+    facts = [(f.name, f.stat()) for f in files if f.exists()]
+    return [[name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in facts]
 
 
 def locate(model: str | Path, progress: Callable[[str], None] | None = None) -> Path:

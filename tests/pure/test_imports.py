@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formats": LOW,
     "methods": LOW | {"formats"},
     "kernels": LOW | {"formats"},
-    "layers": LOW | {"config_values", "formats", "kernels"},
+    "prepared": {"qtensor", "store", "kernels"},
+    "layers": LOW | {"config_values", "formats", "kernels", "prepared"},
     "models": LOW | {"config_values", "formats", "kernels", "layers"},
     "checkpoint": LOW | {"config_values", "formats"},
     "tokenizer": {"errors", "checkpoint"},
@@ -47,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "walk": LOW | {"formats", "methods", "checkpoint", "source", "blocks", "calibrated", "scratch", "sensitivity"},
 }
 MAY_IMPORT["walk"] |= {"preflight"}
+MAY_IMPORT["runtime"] |= {"prepared"}
 MAY_IMPORT["self_calibration"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
 MAY_IMPORT["quantizer"] = MAY_IMPORT["walk"] | {"walk", "models", "tokenizer", "store", "calibration"}
 MAY_IMPORT["quantizer"] |= {"self_calibration"}

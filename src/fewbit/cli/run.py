@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         model = fewbit.load(args.model, exact=args.exact, context=args.context, threads=args.threads, progress=report)
     for reason in model.notes:
         note(f"note: the slow reference kernel runs part of this model. {reason}")
+    if model.prepared_note:
+        note(f"note: {model.prepared_note}")
     system = [{"role": "system", "content": args.system}] if args.system else []
     if prompt is None:
         from fewbit.cli._chat import Chat

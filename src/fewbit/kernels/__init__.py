@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,38 @@ class Backend(ABC):
     def set_threads(self, count: int) -> None:
         """Threads the backend's own code may use; torch's are set apart."""
         return
+
+
+# zeroed bytes that are kept: room(count) -> (a writable buffer, where in it they begin), or None where there is no more
+Room = Callable[[int], tuple[Any, int] | None]
+
+
+class KeepingBackend(Backend):
+    """A backend whose packed weights are plain bytes, which may be kept in a file and mapped from there.
+
+    `layout` names how the bytes lie; it changes with that, and says the same on every machine that may read them.
+    """
+
+    layout: str
+
+    @abstractmethod
+    def prepare(self, tensors: list[QTensor], room: Room | None = None) -> Packed:
+        """As every backend's; the weights lie in `room`, or in memory of their own where there is none."""
+
+    @abstractmethod
+    def describe(self, packed: Packed) -> dict[str, Any]:
+        """Plain values for JSON from which, with the bytes, `restore` makes the same weights."""
+
+    @abstractmethod
+    def restore(self, description: dict[str, Any], buffer: Any, offset: int, count: int) -> Packed:
+        """Weights over `count` bytes of a buffer, which are not copied.
+
+        The description may be anyone's: KeyError, TypeError or ValueError where it and the bytes make no weights.
+        """
+
+    @abstractmethod
+    def checksum(self, buffer: Any, offset: int, count: int) -> int:
+        """A number that tells damaged bytes, found as fast as they can be read."""
 
 
 def available(exact: bool = False) -> list[Backend]:

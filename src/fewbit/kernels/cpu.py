@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewbit.errors import FewbitError
 from fewbit.formats import Affine, parse
-from fewbit.kernels import Backend, Packed
+from fewbit.kernels import KeepingBackend, Packed, Room
 from fewbit.kernels._cores import most_threads, physical_cores
 from fewbit.kernels.ops import Batch, Ops
 from fewbit.qtensor import QTensor
@@ -58,7 +59,7 @@ class _Kind:
         return cls(span, 8 if a.bits == 7 else a.bits, SCALE_TYPES[a.scale.dtype], zero, offsets)
 
 
-class Cpu(Backend):
+class Cpu(KeepingBackend):
     """Everything that is `scale * code + offset` with groups of whole blocks of 32 columns.
 
     Threads, until told otherwise: the physical cores, but no more than torch uses (it obeys OMP_NUM_THREADS).
@@ -70,6 +71,7 @@ class Cpu(Backend):
     def __init__(self, native: ModuleType) -> None:
         self.native = native
         self.ops = CpuOps(native)
+        self.layout = f"cpu {native.layout}"
         native.set_threads(min(physical_cores(), torch.get_num_threads()))
 
     @property
@@ -114,7 +116,7 @@ class Cpu(Backend):
             return f"{q.spec} has scales of {a.scale.dtype}"
         return None
 
-    def prepare(self, tensors: list[QTensor]) -> Packed:
+    def prepare(self, tensors: list[QTensor], room: Room | None = None) -> Packed:
         """Pack and stack; rows that agree in width, span, scale type and zero share a block. FewbitError if refused."""
         columns = tensors[0].shape[1]
         for q in tensors:
@@ -124,15 +126,42 @@ class Cpu(Backend):
                 raise ValueError(f"stacked matrices need equal widths, got {columns} and {q.shape[1]}")
         matrix = self.native.Matrix(columns)
         kinds = [_Kind.of(next(_slices(q, 1))[1]) for q in tensors]
+        places: list[tuple[int, int]] = []
         block, first = -1, 0
         for i, (q, kind) in enumerate(zip(tensors, kinds, strict=True)):
             if i == 0 or kind != kinds[i - 1]:
                 same = next((j for j in range(i, len(kinds)) if kinds[j] != kind), len(kinds))
                 rows = sum(t.shape[0] for t in tensors[i:same])
                 block, first = self._add_block(matrix, rows, kind), 0
-            self._fill(matrix, block, first, q, kind)
+            places.append((block, first))
             first += q.shape[0]
+        found = room(matrix.nbytes) if room else None
+        if found is None:
+            matrix.allocate()
+        else:
+            matrix.place_new(*found, matrix.nbytes)
+        for q, kind, (block, first) in zip(tensors, kinds, places, strict=True):
+            self._fill(matrix, block, first, q, kind)
         return Packed((matrix.row_count, columns), tuple(q.shape[0] for q in tensors), matrix, matrix.nbytes)
+
+    def describe(self, packed: Packed) -> dict[str, Any]:
+        """Columns, the outs that were stacked, and what `add_block` was told."""
+        return {"columns": packed.shape[1], "splits": list(packed.splits), "blocks": packed.data.blocks()}
+
+    def restore(self, description: dict[str, Any], buffer: Any, offset: int, count: int) -> Packed:
+        """The native side checks each number, and that the blocks take `count` bytes exactly."""
+        columns, splits = description["columns"], tuple(description["splits"])
+        matrix = self.native.Matrix(columns)
+        for block in description["blocks"]:
+            matrix.add_block(*block)
+        if min(splits, default=0) < 1 or sum(splits) != matrix.row_count:
+            raise ValueError(f"matrices of {splits} rows do not stack to {matrix.row_count}")
+        matrix.place(buffer, offset, count)
+        return Packed((matrix.row_count, columns), splits, matrix, matrix.nbytes)
+
+    def checksum(self, buffer: Any, offset: int, count: int) -> int:
+        """Of `count` bytes from `offset` on; ValueError where they leave the buffer."""
+        return int(self.native.checksum(buffer, offset, count))
 
     def _add_block(self, matrix: object, rows: int, kind: _Kind) -> int:
         add = matrix.add_block  # type: ignore[attr-defined]

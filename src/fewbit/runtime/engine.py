@@ -17,6 +17,7 @@ from fewbit import kernels
 from fewbit.errors import FewbitError
 from fewbit.kernels.ops import Batch
 from fewbit.layers import Weights
+from fewbit.prepared import PreparedLayouts
 from fewbit.runtime.cache import PAGE_SIZE, PageAllocator
 from fewbit.runtime.cache import Sequence as CachedSequence
 from fewbit.runtime.sampler import Sampler, Sampling
@@ -61,11 +62,19 @@ class LanguageModel:
         self.tokenizer = Tokenizer(source.checkpoint.tokenizer())
         self.context = self._checked(context)
         self.backends = kernels.available(exact)
-        read = _counted(source, progress) if progress else source.read
         # why the reference runs what a faster kernel refused
         self.notes: list[str] = []
-        weights = Weights(read, source.has, self.backends, self.backends[0].ops, self.notes)
-        self.model: Any = source.module.Model(source.args, weights)
+        shapes = {w.name: w.shape for w in source.weights}
+        prepared = PreparedLayouts(source.path, source.checkpoint.weight_bytes(), shapes, self.backends)
+        read = _counted(source, progress, len(shapes) - len(prepared.names)) if progress else source.read
+        weights = Weights(read, source.has, self.backends, self.backends[0].ops, self.notes, prepared)
+        try:
+            self.model: Any = source.module.Model(source.args, weights)
+            prepared.keep()
+        finally:
+            prepared.close()
+        # why no prepared layout is kept, or what was wrong with the one that was
+        self.prepared_note = prepared.note
         pages = -(-self.context // PAGE_SIZE)
         # keys and values in 16 bits halve the cache; exact runs keep all of their bits
         self.model.allocate(pages * PAGE_SIZE, torch.float32 if exact else torch.float16)
@@ -258,8 +267,7 @@ class Generation(Iterator[str]):
             yield rest
 
 
-def _counted(source: Source, progress: Progress) -> Callable[[str], Any]:
-    total = len(source.weights)
+def _counted(source: Source, progress: Progress, total: int) -> Callable[[str], Any]:
     done = 0
 
     def read(name: str) -> Any:

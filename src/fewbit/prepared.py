@@ -1,0 +1,383 @@
+"""Packed weights, kept in a file of the cache directory and mapped from there: nothing is packed twice or held twice.
+
+A file has 64 bytes (MAGIC, where the header begins, its length, its SHA-256), the weights of each matrix on a page's
+border, and the header: JSON of what the file was made for and what lies where. While a model loads for the first time
+its weights are packed straight into the file, which gets its name when the load is done. A file is used when every
+number in it fits, it was made for these very source files by this version and these backends, and each matrix has the
+sum that was noted; otherwise it is as if it were not there. The sums also find what a power failure left unwritten, so
+nothing waits for the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import stat
+import struct
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fewbit import __version__, store
+from fewbit.kernels import Backend, KeepingBackend, Packed
+from fewbit.qtensor import QTensor
+
+MAGIC = b"fewbit prepared\n"
+# counted up when the file's own structure changes
+FORMAT = 1
+START = struct.Struct("<16sQQ32s")
+MAX_HEADER = 1 << 24
+# matrices begin on a page's border, whatever size the system's pages have
+PAGE = 1 << 16
+# by which an unfinished file grows
+STEP = 1 << 26
+SUFFIX = ".layout"
+# Smaller models are packed at each load: at 250 MB/s and more (int4g64, two cores) that takes a quarter of a second
+# beside more than a second of imports, and such models come in numbers.
+SMALL_BYTES = 64 << 20
+# all files together take no more than this, nor than a quarter of what would be free without them
+MAX_BYTES = 64 << 30
+# packed weights take at most 1.4 times the room of stored ones, and small matrices are padded
+MOST_GROWTH, MOST_PADDING = 2, 64 << 20
+
+Names = tuple[str, ...]
+
+
+class _UselessError(Exception):
+    """A file that is not to be used; `damaged` where it is not what fewbit wrote, rather than out of date."""
+
+    def __init__(self, reason: str, damaged: bool = True) -> None:
+        super().__init__(reason)
+        self.damaged = damaged
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A matrix that lies in a draft."""
+
+    names: Names
+    backend: KeepingBackend
+    packed: Packed
+    offset: int
+
+
+class PreparedLayouts:
+    """The packed matrices of one model: found in the cache, or put there while the model loads.
+
+    `get` before reading a matrix's tensors, `prepare` where it gave nothing, `keep` when the model is whole, and
+    `close` at last in any case. `note` says in a sentence why nothing is kept, or what was found damaged.
+    """
+
+    def __init__(
+        self, model: Path, weight_bytes: int, shapes: Mapping[str, tuple[int, ...]], backends: Sequence[Backend]
+    ) -> None:
+        """`shapes` are those of all weights by canonical name, `weight_bytes` what they take in the model's files."""
+        self.note: str | None = None
+        self._model, self._weight_bytes, self._shapes = model, weight_bytes, shapes
+        self._backends = {b.name: b for b in backends if isinstance(b, KeepingBackend)}
+        self._found: dict[Names, tuple[Backend, Packed]] = {}
+        self._new: list[_Kept] = []
+        self._draft: _Draft | None = None
+        self._open = bool(self._backends) and sys.platform == "linux" and weight_bytes >= SMALL_BYTES
+        if not self._open:
+            return
+        used = [b.layout if isinstance(b, KeepingBackend) else b.name for b in backends]
+        self._purpose = {"version": __version__, "backends": used, **_source(model)}
+        self.file = store.prepared_dir() / _file_name(model)
+        try:
+            self._found = self._read()
+            self._open = False
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self.note = f"The prepared layout of this model can't be read: {self.file}: {error.strerror or error}."
+        except _UselessError as useless:
+            if useless.damaged:
+                self.note = f"The prepared layout of this model was damaged and is made anew: {self.file}: {useless}."
+
+    @property
+    def names(self) -> set[str]:
+        """What need not be read from the model."""
+        return {name for names in self._found for name in names}
+
+    def get(self, names: Names) -> tuple[Backend, Packed] | None:
+        """The matrices `names`, stacked, and who multiplies by them; None where they are not in the cache."""
+        return self._found.get(names)
+
+    def prepare(self, backend: Backend, names: Names, tensors: list[QTensor]) -> Packed:
+        """`backend.prepare(tensors)`, into the file where one is being made."""
+        if not self._open or not isinstance(backend, KeepingBackend):
+            return backend.prepare(tensors)
+        offset: int | None = None
+
+        def room(count: int) -> tuple[Any, int] | None:
+            nonlocal offset
+            offset = self._reserve(count)
+            return None if offset is None or self._draft is None else (self._draft.memory, offset)
+
+        packed = backend.prepare(tensors, room)
+        if offset is not None:
+            self._new.append(_Kept(names, backend, packed, offset))
+        return packed
+
+    def keep(self) -> None:
+        """The model is whole: give the file its name. Nothing happens where there is none."""
+        if not self._draft:
+            return
+        try:
+            # not where the model changed under the load
+            if self._purpose | _source(self._model) == self._purpose:
+                self._draft.finish(self._header(self._draft.memory), self.file)
+            _tidy(self.file.parent, self.file)
+        except OSError as error:
+            self._fail(error)
+
+    def close(self) -> None:
+        """Remove what has no name. Weights in use stay: a mapping outlives its file."""
+        self._open = False
+        if self._draft:
+            self._draft.close()
+            self._draft = None
+
+    def _reserve(self, count: int) -> int | None:
+        """Where in the draft `count` bytes have room; the draft is begun when the first are wanted."""
+        try:
+            if not self._draft:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                limit = _limit(self.file.parent)
+                if self._weight_bytes > limit:
+                    self.note = (
+                        f"The prepared layout of this model is not kept: it takes about {self._weight_bytes / 1e9:.1f} "
+                        f"GB, and {self.file.parent} may grow to {limit / 1e9:.1f} GB."
+                    )
+                    self.close()
+                    return None
+                self._draft = _Draft(self.file.parent, MOST_GROWTH * self._weight_bytes + MOST_PADDING)
+            return self._draft.reserve(count)
+        except (OSError, ValueError) as error:
+            self._fail(error)
+            return None
+
+    def _fail(self, error: Exception) -> None:
+        reason = error.strerror if isinstance(error, OSError) else None
+        self.note = f"The prepared layout of this model is not kept: {self.file.parent}: {reason or error}."
+        self.close()
+
+    def _header(self, memory: mmap.mmap) -> dict[str, Any]:
+        matrices = [
+            {
+                "names": kept.names,
+                "backend": kept.backend.name,
+                "weights": kept.backend.describe(kept.packed),
+                "offset": kept.offset,
+                "bytes": kept.packed.nbytes,
+                "sum": kept.backend.checksum(memory, kept.offset, kept.packed.nbytes),
+            }
+            for kept in self._new
+        ]
+        return {"format": FORMAT, "purpose": self._purpose, "matrices": matrices}
+
+    def _read(self) -> dict[Names, tuple[Backend, Packed]]:
+        """Everything in the file; OSError or _UselessError."""
+        with _opened(self.file) as opened:
+            header, end = _read_header(opened)
+            if header.get("purpose") != self._purpose:
+                raise _UselessError("made for something else", damaged=False)
+            memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        if len(memory) < end:
+            raise _UselessError("it became shorter")
+        _wish_for_huge_pages(memory)
+        found: dict[Names, tuple[Backend, Packed]] = {}
+        before = START.size
+        items = header.get("matrices")
+        matrices: list[Any] = items if isinstance(items, list) else [None]
+        for item in matrices:
+            try:
+                offset, count = item["offset"], item["bytes"]
+                numbers = type(offset) is int and type(count) is int
+                if not numbers or count < 1 or not before <= offset <= end - count:
+                    raise _UselessError(f"{count} bytes at {offset} of {end}")
+                before = offset + count
+                names = tuple(item["names"])
+                backend = self._backends[item["backend"]]
+                packed = backend.restore(item["weights"], memory, offset, count)
+                self._check(names, packed)
+                damaged = backend.checksum(memory, offset, count) != item["sum"]
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
+                raise _UselessError(f"{type(error).__name__}: {error}") from error
+            if damaged:
+                raise _UselessError(f"the weights of {', '.join(names)} are not those that were written")
+            if names in found:
+                raise _UselessError(f"{', '.join(names)} twice")
+            found[names] = backend, packed
+        # the file used longest ago goes first
+        with suppress(OSError):
+            os.utime(self.file)
+        return found
+
+    def _check(self, names: Names, packed: Packed) -> None:
+        """The model's own files say what shapes there are."""
+        shapes = [(rows, packed.shape[1]) for rows in packed.splits]
+        if shapes != [self._shapes[f"{name}.weight"] for name in names]:
+            raise _UselessError(f"{', '.join(names)} have other shapes than in the model")
+
+
+class _Draft:
+    """A file without its name that grows up to `most` bytes under one mapping.
+
+    OSError where the disk or the folder refuses.
+    """
+
+    def __init__(self, folder: Path, most: int) -> None:
+        descriptor, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=folder)
+        self.path, self._file, self._end = Path(name), os.fdopen(descriptor, "r+b"), PAGE
+        self._size = self._end
+        try:
+            # whoever can lock it knows that its writer is gone
+            _lock(self._file)
+            self._file.truncate(most)
+            self.memory = mmap.mmap(self._file.fileno(), most)
+            self._file.truncate(self._end)
+        except BaseException:
+            self.close()
+            raise
+        _wish_for_huge_pages(self.memory)
+
+    def reserve(self, count: int) -> int:
+        """Where `count` zeroed bytes begin; ValueError where they would leave the mapping.
+
+        Writing to a mapping without blocks behind it would end the process, so the disk is asked for them now, for
+        more at a time than a huge page.
+        """
+        offset, end = self._end, self._end + -(-count // PAGE) * PAGE
+        if end > len(self.memory):
+            raise ValueError(f"the weights take more than {len(self.memory):,} bytes")
+        if end > self._size:
+            size = -(-end // STEP) * STEP
+            os.posix_fallocate(self._file.fileno(), self._size, size - self._size)
+            self._size = size
+        self._end = end
+        return offset
+
+    def finish(self, header: dict[str, Any], name: Path) -> None:
+        """Write the header behind all that was reserved, and give the file its name."""
+        text = json.dumps(header).encode()
+        self._file.truncate(self._end)
+        self._file.seek(self._end)
+        self._file.write(text)
+        self._file.seek(0)
+        self._file.write(START.pack(MAGIC, self._end, len(text), hashlib.sha256(text).digest()))
+        self._file.flush()
+        self.path.replace(name)
+
+    def close(self) -> None:
+        """What has not got its name is removed."""
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+
+def _file_name(model: Path) -> str:
+    return hashlib.sha256(os.fsencode(model.resolve())).hexdigest()[:32] + SUFFIX
+
+
+def _source(model: Path) -> dict[str, Any]:
+    """The source's place and state, as JSON gives them back."""
+    return {"path": str(model.resolve()), "files": store.stamp(store.content_files(model))}
+
+
+def _opened(file: Path) -> BinaryIO:
+    """A regular file; a pipe of its name does not block."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _UselessError("it is not a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _read_header(opened: BinaryIO) -> tuple[dict[str, Any], int]:
+    """The header, and where it begins."""
+    size = os.fstat(opened.fileno()).st_size
+    start = opened.read(START.size)
+    if len(start) < START.size:
+        raise _UselessError(f"it ends after {size} bytes")
+    magic, end, length, digest = START.unpack(start)
+    if magic != MAGIC or length > MAX_HEADER or end + length != size:
+        raise _UselessError(f"{size} bytes, a header of {length} at {end}")
+    opened.seek(end)
+    text = opened.read(length)
+    if hashlib.sha256(text).digest() != digest:
+        raise _UselessError("its header is not the one that was written")
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _UselessError(f"its header is no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _UselessError("its header is no JSON object")
+    if header.get("format") != FORMAT:
+        raise _UselessError("another version's", damaged=False)
+    return header, end
+
+
+def _tidy(folder: Path, kept: Path) -> None:
+    """Remove what killed processes left, what belongs to no source, and what was used longest ago beyond the limit."""
+    for left in folder.glob(".*.part"):
+        with suppress(OSError), left.open("rb") as opened:
+            _lock(opened)
+            left.unlink()
+    for file in folder.glob(f"*{SUFFIX}"):
+        if file != kept and not _has_source(file):
+            with suppress(OSError):
+                file.unlink()
+    limit, files = _limit(folder), sorted(_sizes(folder))
+    total = sum(nbytes for _, nbytes, _ in files)
+    for _, nbytes, file in files:
+        if total > limit and file != kept:
+            with suppress(OSError):
+                file.unlink()
+                total -= nbytes
+
+
+def _has_source(file: Path) -> bool:
+    """Whether the model a file was made for is still what it was."""
+    try:
+        with _opened(file) as opened:
+            purpose = _read_header(opened)[0]["purpose"]
+        return bool(purpose["files"] == _source(Path(purpose["path"]))["files"])
+    except (OSError, _UselessError, KeyError, TypeError, ValueError):
+        return False
+
+
+def _sizes(folder: Path) -> Iterator[tuple[int, int, Path]]:
+    """(when it was used, bytes, file) of all files."""
+    for file in folder.glob(f"*{SUFFIX}"):
+        with suppress(OSError):
+            facts = file.lstat()
+            yield facts.st_mtime_ns, facts.st_size, file
+
+
+def _limit(folder: Path) -> int:
+    """Bytes that all files together may take."""
+    held = sum(nbytes for _, nbytes, _ in _sizes(folder))
+    return min(MAX_BYTES, (shutil.disk_usage(folder).free + held) // 4)
+
+
+def _lock(file: Any) -> None:
+    """OSError where another process has it locked."""
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _wish_for_huge_pages(memory: mmap.mmap) -> None:
+    """Reading is up to a tenth faster; where the system or the file system refuses, small pages serve."""
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
