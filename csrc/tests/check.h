@@ -13,14 +13,6 @@
 
 #include "kernels.h"
 
-#if defined(__SANITIZE_THREAD__)
-#define FEWBIT_WATCHED 1
-#elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define FEWBIT_WATCHED 1
-#endif
-#endif
-
 namespace test {
 
 [[noreturn]] inline void fail(const std::string &what) {
@@ -87,13 +79,13 @@ inline bool same_bits(const float *a, const float *b, int64_t count) {
     return std::memcmp(a, b, static_cast<size_t>(count) * sizeof(float)) == 0;
 }
 
-// Each returns what it covered, in words. They run on the instruction set in use.
-std::string test_products();
-std::string test_extremes();
-std::string test_long_rows();
-std::string test_ops();
-std::string test_attention();
-std::string test_threads();
-std::string test_fork();
+// Each returns what it covered, in words. They run on the instruction set in use, and on each `every`th random shape.
+std::string test_products(int every);
+std::string test_extremes(int every);
+std::string test_long_rows(int every);
+std::string test_ops(int every);
+std::string test_attention(int every);
+std::string test_threads(int every);
+std::string test_fork(int every);
 
 }  // namespace test

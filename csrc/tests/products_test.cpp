@@ -96,15 +96,16 @@ BlockSpec random_block(int64_t columns, int64_t rows, int bits, Random &random) 
 }  // namespace
 
 // All widths at every number of columns up to 100 and every number of rows up to 70, everything else at random.
-std::string test_products() {
+std::string test_products(int every) {
     Random random(1);
     Covered covered;
     std::vector<int64_t> columns;
     for (int64_t c = 1; c <= 100; ++c) columns.push_back(c);
     columns.insert(columns.end(), {127, 128, 129, 159, 160, 161, 255, 256, 257, 320, 383, 511, 513, 640, 699, 700});
-    int64_t turn = 0;
+    int64_t at = 0, turn = 0;
     for (int64_t c : columns) {
         for (int bits : kWidths) {
+            if (at++ % every != 0) continue;
             // 37 and 70 have no common divisor, so all numbers of rows take their turn
             MatrixSpec spec{c, {random_block(c, c > 100 ? 1 + turn % 37 : 1 + turn * 37 % 70, bits, random)}, false};
             ++turn;
@@ -122,7 +123,7 @@ std::string test_products() {
 }
 
 // The largest codes times the largest activations of one sign: where sums of 16 bits would overflow, they do here.
-std::string test_extremes() {
+std::string test_extremes(int) {
     Random random(2);
     Covered covered;
     for (int bits : kWidths) {
@@ -144,7 +145,7 @@ std::string test_extremes() {
 }
 
 // Rows so long that the tokens are taken in several tasks, in several passes, and the driver may cut the row itself.
-std::string test_long_rows() {
+std::string test_long_rows(int) {
     Random random(3);
     const struct {
         MatrixSpec spec;

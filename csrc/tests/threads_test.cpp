@@ -40,7 +40,7 @@ struct Job {
 
 }  // namespace
 
-std::string test_threads() {
+std::string test_threads(int) {
     std::vector<Job> jobs;
     for (int i = 0; i < kCallers; ++i) jobs.emplace_back(i, 1 + 12 * i);
     fewbit::set_threads(2);
@@ -76,7 +76,7 @@ std::string test_threads() {
     return say("%d callers, %d changes of the number of threads", kCallers, kChanges);
 }
 
-std::string test_fork() {
+std::string test_fork(int) {
 #if defined(FEWBIT_FORKS)
     const Job job(7, 5);
     for (int round = 0; round < 3; ++round) {
