@@ -92,6 +92,9 @@ extern const KernelTable kScalarKernels;
 #if defined(FEWBIT_X86)
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
+#elif defined(FEWBIT_ARM64)
+extern const KernelTable kNeonKernels;
+extern const KernelTable kNeonI8mmKernels;
 #endif
 
 }  // namespace fewbit
