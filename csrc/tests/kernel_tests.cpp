@@ -1,7 +1,7 @@
 // Runs the native tests on every instruction set that this CPU has.
 //   --sets NAME,NAME,...   fails where others can run than those named, in the order of dispatch.cpp
 //   --best                 only the last of them
-//   --every N              each Nth of the random shapes, where all of them take long; 5 or 7, as each 6th has the same width
+//   --every N              each Nth of the random shapes, where all take long; 5 or 7: each 6th has the same width
 //   --no-fork              where an emulator or ThreadSanitizer can't start threads in a forked child
 #include <algorithm>
 #include <chrono>

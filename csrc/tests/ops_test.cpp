@@ -136,7 +136,7 @@ void check_append(int64_t tokens, int64_t group, int64_t kv_heads, int64_t width
         }
     }
     for (int64_t i = 0; i < 5 * kv_heads * width; ++i) {
-        if (!std::isnan(cache.key(i)) || !std::isnan(cache.value(i))) fail("rotate_append wrote a row it has no slot for");
+        if (!std::isnan(cache.key(i)) || !std::isnan(cache.value(i))) fail("rotate_append wrote beside its slots");
     }
     for (int64_t bad : {int64_t{-1}, rows}) {
         slots.back() = bad;
@@ -273,7 +273,7 @@ void check_attention(const AttendShape &s, Random &random) {
     if (s.lengths[0] == 0) return;
     for (int64_t bad : {int64_t{-1}, int64_t{1} << 60}) {
         pages[0] = bad;
-        if (attend() != fewbit::Attended::out_of_range) fail("attention followed a page that does not exist: " + s.words());
+        if (attend() != fewbit::Attended::out_of_range) fail("attention took a page that does not exist: " + s.words());
     }
 }
 

@@ -86,7 +86,7 @@ std::string test_fork(int) {
         if (child < 0) fail("fork");
         if (child == 0) {
             // the workers stayed behind in the parent; a hang here ends by the alarm
-            alarm(60);
+            alarm(30);
             bool right = job.same();
             fewbit::set_threads(2);
             right = job.same() && right;

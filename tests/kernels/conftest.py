@@ -63,7 +63,7 @@ def native() -> Iterator[cpu.Cpu]:
     backend.set_isa(isa)
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512vnni"])
+@pytest.fixture(params=["scalar", "avx2", "avx512vnni", "neon-dotprod", "neon-i8mm"])
 def each_isa(request: pytest.FixtureRequest, native: cpu.Cpu) -> cpu.Cpu:
     """The native backend on one instruction set after the other."""
     if reason := native.instruction_sets()[request.param]:
