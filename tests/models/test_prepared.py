@@ -195,6 +195,12 @@ def overlapping(header: dict[str, Any]) -> None:
     same[1].update(offset=same[0]["offset"], sum=same[0]["sum"])
 
 
+def twice(header: dict[str, Any]) -> None:
+    """Two matrices of one size under one name."""
+    same = [m for m in header["matrices"] if m["names"][0].endswith("down_proj")]
+    same[1]["names"] = same[0]["names"]
+
+
 def longer(data: bytes) -> bytes:
     """A range that takes in the header."""
     header, end = header_of(data)
@@ -230,6 +236,7 @@ DAMAGED: dict[str, Callable[[bytes], bytes]] = {
     "a number for matrices": with_header(lambda h: h.update(matrices=7)),
     "numbers for matrices": with_header(lambda h: h.update(matrices=[7])),
     "twice the same": with_header(lambda h: h["matrices"].append(h["matrices"][-1])),
+    "two of one name": with_header(twice),
     "overlapping": with_header(overlapping),
     "swapped": with_header(swapped),
     "into the header": longer,
