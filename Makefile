@@ -8,13 +8,44 @@ BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 # One process for each core, one thread in each: the same work by fewer switches.
 TEST_JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
 
-.PHONY: demo test lint format install clean
+comma := ,
+# The native tests need a compiler and CMake alone; Debian calls the ARM ones g++-aarch64-linux-gnu and qemu-user.
+CMAKE ?= $(if $(wildcard $(BIN)/cmake),$(BIN)/cmake,cmake)
+KERNEL_TESTS = build/native/$@/kernel_tests
+BUILD_KERNEL_TESTS = mkdir -p build/native && \
+    $(CMAKE) -S . -B build/native/$@ -DFEWBIT_TESTS=ON $(1) > build/native/$@.log && \
+    $(CMAKE) --build build/native/$@ --target kernel_tests --parallel $(TEST_JOBS) >> build/native/$@.log || \
+    { cat build/native/$@.log; exit 1; }
+
+.PHONY: demo test lint format install clean native-tests native-tests-arm native-plain native-address native-thread
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS)
+
+# Plain, then watched by AddressSanitizer with UBSan, then by ThreadSanitizer.
+native-tests: native-plain native-address native-thread
+
+native-plain:
+	@$(call BUILD_KERNEL_TESTS)
+	$(KERNEL_TESTS)
+
+native-address:
+	@$(call BUILD_KERNEL_TESTS,-DFEWBIT_SANITIZE=address$(comma)undefined)
+	$(KERNEL_TESTS) --every 5
+
+native-thread:
+	@$(call BUILD_KERNEL_TESTS,-DFEWBIT_SANITIZE=thread)
+	$(KERNEL_TESTS) --every 7 --no-fork
+
+# Emulated CPUs with all of it, without i8mm, and without dotprod: one for each of the ARM kernels.
+native-tests-arm:
+	@$(call BUILD_KERNEL_TESTS,-DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake)
+	qemu-aarch64 -cpu max $(KERNEL_TESTS) --sets scalar,neon-dotprod,neon-i8mm --best --every 5 --no-fork
+	qemu-aarch64 -cpu neoverse-n1 $(KERNEL_TESTS) --sets scalar,neon-dotprod --best --every 5 --no-fork
+	qemu-aarch64 -cpu cortex-a72 $(KERNEL_TESTS) --sets scalar --best --every 7 --no-fork
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -5,6 +5,10 @@
 
 #if defined(FEWBIT_X86)
 #include <cpuid.h>
+#elif defined(FEWBIT_ARM64) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(FEWBIT_ARM64) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace fewbit {
@@ -32,6 +36,31 @@ std::string avx512_missing() {
     if (!__builtin_cpu_supports("avx512vl")) return "this CPU has no AVX-512 VL";
     return __builtin_cpu_supports("avx512vnni") ? avx2_missing() : "this CPU has no AVX-512 VNNI";
 }
+#elif defined(FEWBIT_ARM64)
+#if defined(__linux__)
+// bits of the kernel's interface, which headers older than the CPUs do not name
+constexpr unsigned long kDotprodBit = 1ul << 20;  // HWCAP_ASIMDDP
+constexpr unsigned long kI8mmBit = 1ul << 13;     // HWCAP2_I8MM
+
+bool has_dotprod() { return (getauxval(AT_HWCAP) & kDotprodBit) != 0; }
+bool has_i8mm() { return (getauxval(AT_HWCAP2) & kI8mmBit) != 0; }
+#elif defined(__APPLE__)
+bool has_feature(const char *name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+
+bool has_dotprod() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has_feature("hw.optional.arm.FEAT_I8MM"); }
+#else
+// no way to ask: the scalar kernels run
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
+#endif
+
+std::string neon_missing() { return has_dotprod() ? "" : "this CPU has no dotprod"; }
+std::string neon_i8mm_missing() { return has_i8mm() ? neon_missing() : "this CPU has no i8mm"; }
 #endif
 
 struct Known {
@@ -49,6 +78,13 @@ const std::vector<Known> &known() {
 #else
         {nullptr, "avx2", "this build is not for x86-64"},
         {nullptr, "avx512vnni", "this build is not for x86-64"},
+#endif
+#if defined(FEWBIT_ARM64)
+        {&kNeonKernels, "neon-dotprod", neon_missing()},
+        {&kNeonI8mmKernels, "neon-i8mm", neon_i8mm_missing()},
+#else
+        {nullptr, "neon-dotprod", "this build is not for AArch64"},
+        {nullptr, "neon-i8mm", "this build is not for AArch64"},
 #endif
     };
     return all;
@@ -84,7 +120,9 @@ void select(const std::string &name) {
         current().store(k.table);
         return;
     }
-    throw std::invalid_argument("unknown instruction set '" + name + "': scalar, avx2, avx512vnni");
+    std::string names;
+    for (const Known &k : known()) names += std::string(names.empty() ? "" : ", ") + k.name;
+    throw std::invalid_argument("unknown instruction set '" + name + "': " + names);
 }
 
 }  // namespace fewbit

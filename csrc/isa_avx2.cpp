@@ -115,10 +115,12 @@ inline Isa::Sum Isa::dot<8>(Sum sum, const Codes<8> &a, const Codes<8> &b, const
 }  // namespace fewbit
 
 #include "activations.inl"
+#include "ceilings.inl"
 #include "planes.inl"
 #include "gemm.inl"
 #include "ops.inl"
 
 namespace fewbit {
-const KernelTable kAvx2Kernels = {"avx2", kBias8, quantize, product, unpack, rms_norm, gated_silu, attend};
+const KernelTable kAvx2Kernels = {"avx2", kBias8, quantize, product, unpack, rms_norm, gated_silu,
+                                     attend, read_bits, dots};
 }  // namespace fewbit

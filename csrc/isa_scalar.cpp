@@ -105,10 +105,12 @@ struct Isa {
 }  // namespace fewbit
 
 #include "activations.inl"
+#include "ceilings.inl"
 #include "planes.inl"
 #include "gemm.inl"
 #include "ops.inl"
 
 namespace fewbit {
-const KernelTable kScalarKernels = {"scalar", 0, quantize, product, unpack, rms_norm, gated_silu, attend};
+const KernelTable kScalarKernels = {"scalar", 0, quantize, product, unpack, rms_norm, gated_silu,
+                                     attend, read_bits, dots};
 }  // namespace fewbit

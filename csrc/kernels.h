@@ -83,12 +83,18 @@ struct KernelTable {
     void (*rms_norm)(const float *x, const float *weight, float *y, int64_t n, float eps);
     void (*gated_silu)(const float *gate, const float *up, float *y, int64_t n);
     void (*attend)(const AttendTask &);
+    // The ceilings (ceilings.inl): the OR of some bytes; rounds of products, returning the multiply-adds done.
+    uint32_t (*read_bits)(const uint8_t *p, int64_t bytes);
+    int64_t (*dots)(int64_t rounds, const uint8_t *w, const int8_t *x, uint32_t *total);
 };
 
 extern const KernelTable kScalarKernels;
 #if defined(FEWBIT_X86)
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
+#elif defined(FEWBIT_ARM64)
+extern const KernelTable kNeonKernels;
+extern const KernelTable kNeonI8mmKernels;
 #endif
 
 }  // namespace fewbit

@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "ceilings.h"
 #include "checksum.h"
 #include "dispatch.h"
 #include "ops.h"
@@ -125,6 +126,20 @@ void bind_ops(nb::module_ &m) {
         Unlocked());
 }
 
+void bind_ceilings(nb::module_ &m) {
+    m.def(
+        "read_all",
+        [](Address data, int64_t bytes) { return fewbit::read_all(at<const uint8_t>(data), bytes); }, Unlocked());
+    m.def(
+        "dot_all",
+        [](int64_t rounds, Address w, Address x) {
+            uint32_t total = 0;
+            const int64_t done = fewbit::dot_all(rounds, at<const uint8_t>(w), at<const int8_t>(x), &total);
+            return std::pair<int64_t, uint32_t>{done, total};
+        },
+        Unlocked());
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -157,6 +172,7 @@ NB_MODULE(_cpu, m) {
         .def_prop_ro("nbytes", &Matrix::nbytes);
     bind_layouts(m, matrix);
     bind_ops(m);
+    bind_ceilings(m);
     m.def("set_threads", &fewbit::set_threads, "n"_a, Unlocked());
     m.def("threads", &fewbit::threads);
     m.def("instruction_sets", &fewbit::instruction_sets);

@@ -15,8 +15,9 @@ constexpr int64_t kPassBytes = int64_t{8} << 20;
 constexpr int64_t kTaskBytes = int64_t{384} << 10;
 // From so many tiles on, a row block's codes are unpacked once and not once a tile.
 constexpr int64_t kUnpackTiles = 3;
-// Tasks for each thread, so that a thread which is held up does not hold up the rest.
-constexpr int64_t kTasksPerThread = 4;
+// Tasks for each thread, so that a thread which is held up does not hold up the rest; with many tokens a task is long
+// enough for more, and the last one to end leaves less to wait for.
+constexpr int64_t kTasksPerThread = 4, kLongTasksPerThread = 24;
 // Below this many inputs, waking threads costs more than quantizing.
 constexpr int64_t kAlone = 1 << 15;
 
@@ -151,9 +152,11 @@ void multiply_block(Scratch &scratch, const Activations &a, const BlockView &w, 
     const RowBlocks work{kernels(), w, a, starts(scratch, a, w), group_sums(scratch, a, w), y, y_stride};
     const int64_t row_blocks = ceil_div(w.rows, kRows);
     const int64_t tile_bytes = kTile * a.blocks * kColumns;
-    const int64_t tiles_per_task = std::clamp<int64_t>(kTaskBytes / tile_bytes, 1, a.tiles());
-    const int64_t token_tasks = ceil_div(a.tiles(), tiles_per_task);
-    const int64_t wanted = std::max<int64_t>(1, ceil_div(threads() * kTasksPerThread, token_tasks));
+    const int64_t most_tiles = std::clamp<int64_t>(kTaskBytes / tile_bytes, 1, a.tiles());
+    const int64_t token_tasks = ceil_div(a.tiles(), most_tiles);
+    const int64_t tiles_per_task = ceil_div(a.tiles(), token_tasks);
+    const int64_t per_thread = tiles_per_task >= kUnpackTiles ? kLongTasksPerThread : kTasksPerThread;
+    const int64_t wanted = std::max<int64_t>(1, ceil_div(threads() * per_thread, token_tasks));
     const int64_t rows_per_task = threads() == 1 ? row_blocks : ceil_div(row_blocks, std::min(row_blocks, wanted));
     const int64_t row_tasks = ceil_div(row_blocks, rows_per_task);
     parallel_for(token_tasks * row_tasks, [&](int64_t task) {

@@ -86,10 +86,10 @@ def test_quantize_then_use_the_result(cli: Cli, tiny_folder: Path, text: Path, t
     assert last.startswith(f"against {tiny_folder}: PPL ")
     assert "255 predictions" in last
 
-    code, said, _ = cli("bench", out, "--prompt", "16", "--new", "4")
+    code, said, _ = cli("bench", out, "--prompt", "16", "--tokens", "4")
     assert code == 0
-    assert "(16 tokens)" in said
-    assert "(4 tokens)" in said
+    assert " 16 tokens\n" in said
+    assert " 4 tokens, " in said
 
     code, said, _ = cli("ls")
     assert code == 0

@@ -120,7 +120,7 @@ def test_a_row_does_not_depend_on_the_batch_or_the_threads(each_isa, make_tensor
 
 
 def test_instruction_sets_agree(native, make_tensor, random):
-    for spec in ("int4g32", "int8", "int4g64a", "int8a"):
+    for spec in ("int2g32", "int3g64a", "int4g32", "int4g64a", "int5", "int6g32", "int8", "int8a"):
         q, x = make_tensor(spec, 33, 300), random(9, 300)
         packed, results = native.prepare([q]), []
         for name, reason in native.instruction_sets().items():

@@ -1,19 +1,37 @@
-"""`fewbit bench`: how fast a model reads and writes on this machine."""
+"""`fewbit bench`: how fast a model reads and writes on this machine, beside what the machine gives at most."""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from fewbit.cli._parser import Parser, count
-from fewbit.cli._terminal import Column, print_json, print_table, progress
+from fewbit.cli._terminal import Column, megabytes, print_json, print_table, progress
 
-HELP = "measure prompt and decode tokens/s, load time, peak memory"
+if TYPE_CHECKING:
+    from fewbit.runtime.speed import Speed
+
+HELP = "measure prompt and decode tokens/s, as shares of what the machine gives; load time, peak memory"
+SHARES = """\
+A prompt is bound by multiplying, decoding by reading the weights from memory. Each figure has its share of a ceiling
+measured between the runs, on the same threads:
+  prefill   multiply-adds of all linears (weights times tokens) a second, over those of a plain loop of the integer
+            dot product in registers
+  decode    bytes of packed weights that a token reads, times tokens a second, over a plain read of a buffer far
+            larger than the caches; an embedding counts only where it is the head as well
+Rates are medians; lowest and highest run stand in brackets. The rest of a share is attention, norms, unpacking and
+waiting, and on a small model weights that the caches hold: there decode may come to more than 100 %."""
 
 
 def add_arguments(parser: Parser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = SHARES
     parser.add_argument("model", metavar="MODEL", help="alias, folder or .gguf file")
     parser.add_argument("--prompt", type=count, default=512, metavar="N", help="prompt tokens (default %(default)s)")
-    parser.add_argument("--new", type=count, default=64, metavar="N", help="tokens to decode (default %(default)s)")
+    parser.add_argument(
+        "--tokens", "--new", type=count, default=64, metavar="N", help="tokens to decode (default %(default)s)"
+    )
+    parser.add_argument("--rounds", type=count, default=5, metavar="N", help="runs to take (default %(default)s)")
     parser.add_argument("--threads", type=count, metavar="N", help="default: the machine's cores")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
@@ -22,20 +40,47 @@ def run(args: argparse.Namespace) -> int:
     from fewbit.runtime.speed import measure_speed
 
     with progress() as report:
-        speed = measure_speed(args.model, prompt=args.prompt, new=args.new, threads=args.threads, progress=report)
+        speed = measure_speed(
+            args.model, prompt=args.prompt, new=args.tokens, threads=args.threads, repeat=args.rounds, progress=report
+        )
     if args.json:
         print_json(speed.to_dict())
         return 0
-    backends = ", ".join(f"{name} ({times})" for name, times in speed.backends.items())
-    rows = [
-        ["model", speed.model],
-        ["load", f"{speed.load_seconds:.2f} s"],
-        ["prompt", f"{speed.prompt_rate:.1f} tokens/s ({speed.prompt_tokens} tokens)"],
-        ["decode", f"{speed.decode_rate:.1f} tokens/s ({speed.new_tokens} tokens)"],
-        ["weights", f"{speed.weight_bytes / 1e6:.1f} MB, read at {speed.read_rate:.2f} GB/s while decoding"],
-        ["peak memory", f"{speed.peak_memory / 2**20:.0f} MiB above imports"],
-        ["threads", str(speed.threads)],
-        ["backends", backends],
-    ]
-    print_table([Column("", right=False), Column("", right=False)], rows)
+    print_table([Column("", right=False)] * 4, rows(speed))
     return 0
+
+
+def rows(speed: Speed) -> list[list[str]]:
+    """Three lines: prefill, decode, and what they were measured on."""
+    backends = ", ".join(f"{name} ({times})" for name, times in speed.backends.items())
+    return [
+        [
+            "prefill",
+            f"{speed.prompt_rate:.1f} tokens/s ({spread(speed.prompt_rates)})",
+            _share(speed.prompt_share, speed.dot_ceiling, "multiply-adds/s"),
+            f"{speed.prompt_tokens} tokens",
+        ],
+        [
+            "decode",
+            f"{speed.decode_rate:.1f} tokens/s ({spread(speed.decode_rates)})",
+            _share(speed.decode_share, speed.read_ceiling, "B/s"),
+            f"{speed.new_tokens} tokens, {megabytes(speed.read_bytes)} each",
+        ],
+        [
+            "model",
+            f"{speed.model}, {megabytes(speed.weight_bytes)}",
+            f"loaded in {speed.load_seconds:.2f} s, {speed.peak_memory / 2**20:.0f} MiB at most above imports",
+            f"{speed.threads} threads, {speed.instruction_set or 'no native kernels'}: {backends}",
+        ],
+    ]
+
+
+def spread(rates: tuple[float, ...]) -> str:
+    """`40.1 to 42.3` of several rates."""
+    return f"{min(rates):.1f} to {max(rates):.1f}"
+
+
+def _share(share: float | None, ceiling: float | None, unit: str) -> str:
+    if share is None or ceiling is None:
+        return "no ceiling known"
+    return f"{100 * share:.0f} % of {ceiling / 1e9:.1f} G{' ' if unit[0] == 'm' else ''}{unit}"

@@ -1,11 +1,11 @@
-"""How fast a model runs on this machine."""
+"""How fast a model runs on this machine, and how near that comes to what the machine gives at most."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,30 +13,49 @@ from typing import Any
 import torch
 
 from fewbit.errors import FewbitError
+from fewbit.kernels._ceilings import Ceiling, ceilings
 from fewbit.layers import Linear
 from fewbit.memory import PeakMemory
 from fewbit.runtime.cache import Sequence
-from fewbit.runtime.engine import LanguageModel, load
+from fewbit.runtime.engine import PREFILL_CHUNK, LanguageModel, load
 
 Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians of several runs. Rates are tokens a second; `read_rate` is weight bytes times decode rate, in GB/s."""
+    """Medians of several runs. Rates are tokens a second, ceilings bytes and multiply-adds a second.
+
+    prompt_share   prompt_rate * multiply_adds / prompt_tokens / dot_ceiling
+    decode_share   decode_rate * read_bytes / read_ceiling
+    Ceilings and shares are None where the native kernels are not there.
+    """
 
     model: str
     load_seconds: float
     prompt_tokens: int
     prompt_rate: float
+    # of each run, in order
+    prompt_rates: tuple[float, ...]
     new_tokens: int
     decode_rate: float
+    decode_rates: tuple[float, ...]
     peak_memory: int
+    # of the files
     weight_bytes: int
-    read_rate: float
+    # of the weights in memory that one decoded token reads
+    read_bytes: int
+    # of all linears for the whole prompt
+    multiply_adds: int
+    read_ceiling: float | None
+    dot_ceiling: float | None
+    prompt_share: float | None
+    decode_share: float | None
     threads: int
     # products by the backend that runs them
     backends: dict[str, int]
+    # of the native kernels
+    instruction_set: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -49,10 +68,13 @@ def measure_speed(
     prompt: int = 512,
     new: int = 64,
     threads: int | None = None,
-    repeat: int = 3,
+    repeat: int = 5,
     progress: Progress | None = None,
 ) -> Speed:
-    """Load a model, then time a prompt of `prompt` random tokens and `new` greedy tokens after it, `repeat` times."""
+    """Load a model, then time a prompt of `prompt` random tokens and `new` greedy tokens after it, `repeat` times.
+
+    Between the runs the machine's ceilings are measured. Raises FewbitError where the run does not fit the context.
+    """
     if min(prompt, new, repeat) < 1:
         raise FewbitError(
             "There is nothing to time.", f"prompt {prompt}, new {new}, repeat {repeat}.", "Give 1 or more of each."
@@ -65,29 +87,56 @@ def measure_speed(
             raise FewbitError(
                 "The run does not fit the context.",
                 f"{prompt} + {new} tokens; the context holds {loaded.context:,}.",
-                "Give a smaller --prompt or --new.",
+                "Give fewer tokens with --prompt or --tokens.",
             )
-        runs = []
-        for i in range(repeat + 1):
-            if progress:
-                progress(i, repeat + 1, "warming up" if i == 0 else f"run {i} of {repeat}")
-            runs.append(time_once(loaded, prompt, new))
-    # the first run warms caches and threads
-    seconds = [statistics.median(r[k] for r in runs[1:]) for k in (0, 1)]
-    weight_bytes = loaded.source.checkpoint.weight_bytes()
+        # warms caches and threads; the ceilings' buffer comes later, as it is not the model's memory
+        if progress:
+            progress(0, repeat + 1, "warming up")
+        time_once(loaded, prompt, new)
+    machine = ceilings()
+    runs, found = [], []
+    for i in range(repeat):
+        if progress:
+            progress(i + 1, repeat + 1, f"run {i + 1} of {repeat}")
+        if machine:
+            found.append(machine.measure())
+        runs.append(time_once(loaded, prompt, new))
     return Speed(
         model=loaded.name,
         load_seconds=load_seconds,
-        prompt_tokens=prompt,
-        prompt_rate=prompt / seconds[0],
-        new_tokens=new,
-        decode_rate=new / seconds[1],
         peak_memory=memory.peak,
-        weight_bytes=weight_bytes,
-        read_rate=weight_bytes * new / seconds[1] / 1e9,
+        weight_bytes=loaded.source.checkpoint.weight_bytes(),
         threads=torch.get_num_threads(),
-        backends=_backends(loaded),
+        backends=dict(Counter(linear.backend.name for linear in linears(loaded))),
+        instruction_set=machine.cpu.isa if machine else None,
+        **_rates(loaded, prompt, new, runs, found),
     )
+
+
+def _rates(
+    model: LanguageModel, prompt: int, new: int, runs: list[tuple[float, float]], found: list[Ceiling]
+) -> dict[str, Any]:
+    """The fields of Speed that follow from the runs' seconds and the ceilings found between them."""
+    prompt_rates = tuple(prompt / seconds for seconds, _ in runs)
+    decode_rates = tuple(new / seconds for _, seconds in runs)
+    prompt_rate, decode_rate = statistics.median(prompt_rates), statistics.median(decode_rates)
+    read = statistics.median(c.read_rate for c in found) if found else None
+    dots = statistics.median(c.dot_rate for c in found) if found else None
+    per_token, adds = read_bytes(model), multiply_adds(model, prompt)
+    return {
+        "prompt_tokens": prompt,
+        "prompt_rate": prompt_rate,
+        "prompt_rates": prompt_rates,
+        "new_tokens": new,
+        "decode_rate": decode_rate,
+        "decode_rates": decode_rates,
+        "read_bytes": per_token,
+        "multiply_adds": adds,
+        "read_ceiling": read,
+        "dot_ceiling": dots,
+        "prompt_share": prompt_rate * adds / prompt / dots if dots else None,
+        "decode_share": decode_rate * per_token / read if read else None,
+    }
 
 
 def time_once(model: LanguageModel, prompt: int, new: int) -> tuple[float, float]:
@@ -106,7 +155,19 @@ def time_once(model: LanguageModel, prompt: int, new: int) -> tuple[float, float
         model.allocator.truncate(sequence, 0)
 
 
-def _backends(model: LanguageModel) -> dict[str, int]:
-    parts = [p for block in model.model.blocks for p in vars(block).values()]
-    parts += [model.model.head]
-    return dict(Counter(p.backend.name for p in parts if isinstance(p, Linear)))
+def linears(model: LanguageModel) -> Iterator[Linear]:
+    """Every product of a step: those of the blocks, then the head (which may be the embedding too)."""
+    for block in model.model.blocks:
+        yield from (part for part in vars(block).values() if isinstance(part, Linear))
+    yield model.model.head
+
+
+def read_bytes(model: LanguageModel) -> int:
+    """Bytes of packed weights that one decoded token reads; of an embedding that is not the head, next to none."""
+    return sum(linear.packed.nbytes for linear in linears(model))
+
+
+def multiply_adds(model: LanguageModel, prompt: int) -> int:
+    """Multiply-adds of all linears for a prompt of so many tokens: the head runs for the last token of each chunk."""
+    *blocks, head = (rows * columns for rows, columns in (linear.packed.shape for linear in linears(model)))
+    return sum(blocks) * prompt + head * -(-prompt // PREFILL_CHUNK)

@@ -1,0 +1,56 @@
+// Random matrices beside what they mean.
+#pragma once
+
+#include <memory>
+
+#include "check.h"
+#include "pack.h"
+
+namespace test {
+
+inline constexpr int kWidths[] = {2, 3, 4, 5, 6, 8};
+
+struct BlockSpec {
+    int64_t rows, span;
+    int bits, scale_type;
+    int32_t zero;
+    bool offsets;
+};
+
+// Extremes: codes are 0 or the largest, so that a sum which can overflow does.
+struct MatrixSpec {
+    int64_t columns;
+    std::vector<BlockSpec> blocks;
+    bool extremes;
+
+    std::string words() const {
+        std::string text = say("%lld columns", static_cast<long long>(columns));
+        for (const BlockSpec &b : blocks) {
+            text += say(", [%lld rows, span %lld, %d bits, scales %d, zero %d%s]", static_cast<long long>(b.rows),
+                        static_cast<long long>(b.span), b.bits, b.scale_type, b.zero, b.offsets ? ", offsets" : "");
+        }
+        return text;
+    }
+};
+
+// A matrix in the library's layout and, row by row, what it was filled from.
+struct Made {
+    MatrixSpec spec;
+    std::unique_ptr<fewbit::Matrix> matrix;
+    // value [row][column] = level * scale + offset
+    std::vector<int32_t> level;
+    std::vector<float> scale, offset;
+    int64_t rows = 0;
+};
+
+Made make_matrix(const MatrixSpec &spec, Random &random);
+
+// y [tokens][rows] and, for each, the sum of absolute products: a loop over the definition, in double.
+struct Expected {
+    std::vector<double> y, absolute;
+};
+Expected expected_product(const Made &made, const std::vector<float> &x, int64_t tokens);
+
+std::vector<float> product_of(const Made &made, const std::vector<float> &x, int64_t tokens);
+
+}  // namespace test
