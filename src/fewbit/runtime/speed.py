@@ -107,6 +107,6 @@ def time_once(model: LanguageModel, prompt: int, new: int) -> tuple[float, float
 
 
 def _backends(model: LanguageModel) -> dict[str, int]:
-    parts = [p for block in model.model.blocks for p in vars(block).values()]
+    parts = [p for layer in model.model.stack.layers for p in vars(layer).values()]
     parts += [model.model.head]
     return dict(Counter(p.backend.name for p in parts if isinstance(p, Linear)))
