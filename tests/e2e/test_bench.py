@@ -61,7 +61,7 @@ def test_bytes_and_multiply_adds_are_the_linears(packed: Path) -> None:
     # a prompt of three chunks runs the head three times
     longer = 2 * measuring.PREFILL_CHUNK + 1
     assert multiply_adds(model, longer) == longer * a.num_hidden_layers * block + 3 * head
-    parts = [p for layer in model.model.blocks for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    parts = [p for layer in model.model.stack.layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
     assert read_bytes(model) == sum(p.packed.nbytes for p in parts) + model.model.head.packed.nbytes
     # one byte a code, a scale for each row; packing may pad
     assert read_bytes(model) >= a.num_hidden_layers * block + head
