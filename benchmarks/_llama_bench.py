@@ -85,12 +85,17 @@ class Peer:
         sizes = ["-t", str(threads), "-p", str(prompt), "-n", str(new), "-r", "1", "-o", "json"]
         command = [self.bench, "-m", file, *sizes, *self.options]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        return rates(done.stdout)
+        return rates(done.stdout) | {"bytes": tensor_bytes(file)}
+
+
+def tensor_bytes(file: Path) -> int:
+    """Bytes of all tensors; what a token reads where embedding and head are one (ik_llama.cpp counts it twice)."""
+    return sum(int(t.n_bytes) for t in gguf.GGUFReader(file).tensors)
 
 
 def rates(printed: str) -> dict[str, float]:
-    """What llama-bench's JSON says: `prefill` and `decode` tokens/s, `bytes` of the model."""
+    """What llama-bench's JSON says: `prefill` and `decode` tokens/s."""
     found: list[dict[str, Any]] = json.JSONDecoder().raw_decode(printed[printed.index("[") :])[0]
     prefill = next(f for f in found if not f["n_gen"])
     decode = next(f for f in found if not f["n_prompt"])
-    return {"prefill": prefill["avg_ts"], "decode": decode["avg_ts"], "bytes": decode["model_size"]}
+    return {"prefill": prefill["avg_ts"], "decode": decode["avg_ts"]}

@@ -15,6 +15,7 @@
 #include "ceilings.h"
 #include "checksum.h"
 #include "dispatch.h"
+#include "layer.h"
 #include "ops.h"
 #include "pack.h"
 #include "pool.h"
@@ -140,6 +141,39 @@ void bind_ceilings(nb::module_ &m) {
         Unlocked());
 }
 
+void bind_layers(nb::module_ &m) {
+    using fewbit::Stack;
+    nb::class_<Stack>(m, "Stack")
+        .def(nb::init<>())
+        .def(
+            "add",
+            [](Stack &self, Address attention_norm, Address mlp_norm, float eps, const Matrix *qkv, const Matrix *o,
+               const Matrix *gate_up, const Matrix *down, int64_t heads, int64_t kv_heads, int64_t width) {
+                self.add({at<const float>(attention_norm), at<const float>(mlp_norm), eps, qkv, o, gate_up, down,
+                          heads, kv_heads, width, {}});
+            },
+            nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>())
+        .def("set_cache",
+             [](Stack &self, size_t index, Address keys, Address values, bool half, int64_t rows) {
+                 self.set_cache(index, at<void>(keys), at<void>(values), half, rows);
+             })
+        .def(
+            "run",
+            [](const Stack &self, Address x, int64_t tokens, Address cos, Address sin, Address slots, Address pages,
+               int64_t pages_per_sequence, int64_t page_size, Address lengths, Address starts, int64_t sequences,
+               Address y) {
+                const fewbit::Step step{
+                    tokens,
+                    at<const float>(cos),
+                    at<const float>(sin),
+                    at<const int64_t>(slots),
+                    {at<const int64_t>(pages), at<const int64_t>(lengths), at<const int64_t>(starts), sequences,
+                     pages_per_sequence, page_size}};
+                return static_cast<int>(self.run(at<const float>(x), step, at<float>(y)));
+            },
+            Unlocked());
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -173,6 +207,7 @@ NB_MODULE(_cpu, m) {
     bind_layouts(m, matrix);
     bind_ops(m);
     bind_ceilings(m);
+    bind_layers(m);
     m.def("set_threads", &fewbit::set_threads, "n"_a, Unlocked());
     m.def("threads", &fewbit::threads);
     m.def("instruction_sets", &fewbit::instruction_sets);

@@ -14,6 +14,8 @@ namespace {
 
 // Floats a task should at least touch: below, a second thread costs more than it brings.
 constexpr int64_t kTaskFloats = 1 << 14;
+// The same in multiply-adds of attention.
+constexpr int64_t kAttendAlone = 1 << 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -55,24 +57,6 @@ struct Work {
     int64_t first_sum;  // where its results begin, in floats
 };
 
-// Every index that the kernels will follow; the largest number of new tokens decides who does the work.
-Attended check(const Sequences &s, int64_t tokens, int64_t cache_rows) {
-    if (s.starts[0] != 0 || s.starts[s.count] != tokens) return Attended::out_of_range;
-    bool many = false;
-    for (int64_t i = 0; i < s.count; ++i) {
-        const int64_t fresh = s.starts[i + 1] - s.starts[i], length = s.lengths[i];
-        if (fresh < 0 || length < fresh || length > s.pages_per_sequence * s.page_size) return Attended::out_of_range;
-        many = many || fresh > kMaxFresh;
-        for (int64_t p = 0; p < ceil_div(length, s.page_size); ++p) {
-            const int64_t page = s.pages[i * s.pages_per_sequence + p];
-            const int64_t used = std::min(s.page_size, length - p * s.page_size);
-            if (page < 0 || used > cache_rows) return Attended::out_of_range;
-            if (page > (cache_rows - used) / s.page_size) return Attended::out_of_range;
-        }
-    }
-    return many ? Attended::too_many_fresh : Attended::done;
-}
-
 // Joins the chunks' results of one query head: each is weighed by e^(its largest score - the largest of all).
 void merge(const float *sums, int64_t chunks, int64_t chunk_stride, int64_t width, float *y) {
     float largest = -INFINITY;
@@ -107,11 +91,13 @@ void gated_silu_rows(const float *gate_up, float *y, int64_t tokens, int64_t n) 
     });
 }
 
+bool are_slots(const int64_t *slots, int64_t tokens, int64_t cache_rows) {
+    return std::all_of(slots, slots + tokens, [&](int64_t slot) { return slot >= 0 && slot < cache_rows; });
+}
+
 bool rotate_append(const Heads &q, const Heads &k, const Heads &v, const float *cos, const float *sin,
                    const int64_t *slots, const Cache &cache, int64_t tokens, int64_t width, float *q_out) {
-    for (int64_t t = 0; t < tokens; ++t) {
-        if (slots[t] < 0 || slots[t] >= cache.rows) return false;
-    }
+    if (!are_slots(slots, tokens, cache.rows)) return false;
     for_tokens(tokens, (q.heads + 2 * k.heads) * width, [&](int64_t t) {
         const float *c = cos + t * (width / 2), *s = sin + t * (width / 2);
         for (int64_t h = 0; h < q.heads; ++h) {
@@ -132,9 +118,26 @@ bool rotate_append(const Heads &q, const Heads &k, const Heads &v, const float *
     return true;
 }
 
+Attended check_places(const Sequences &s, int64_t tokens, int64_t cache_rows) {
+    if (s.starts[0] != 0 || s.starts[s.count] != tokens) return Attended::out_of_range;
+    bool many = false;
+    for (int64_t i = 0; i < s.count; ++i) {
+        const int64_t fresh = s.starts[i + 1] - s.starts[i], length = s.lengths[i];
+        if (fresh < 0 || length < fresh || length > s.pages_per_sequence * s.page_size) return Attended::out_of_range;
+        many = many || fresh > kMaxFresh;
+        for (int64_t p = 0; p < ceil_div(length, s.page_size); ++p) {
+            const int64_t page = s.pages[i * s.pages_per_sequence + p];
+            const int64_t used = std::min(s.page_size, length - p * s.page_size);
+            if (page < 0 || used > cache_rows) return Attended::out_of_range;
+            if (page > (cache_rows - used) / s.page_size) return Attended::out_of_range;
+        }
+    }
+    return many ? Attended::too_many_fresh : Attended::done;
+}
+
 Attended attend_paged(const float *q, const Cache &cache, const Sequences &s, int64_t tokens, int64_t heads,
                       int64_t width, float scale, float *y) {
-    const Attended verdict = check(s, tokens, cache.rows);
+    const Attended verdict = check_places(s, tokens, cache.rows);
     if (verdict != Attended::done) return verdict;
     const int64_t group = heads / cache.heads;
     const int64_t entry = width + 2;
@@ -142,10 +145,11 @@ Attended attend_paged(const float *q, const Cache &cache, const Sequences &s, in
     thread_local std::vector<float> sums_scratch;
     std::vector<Work> &work = work_scratch;
     work.clear();
-    int64_t floats = 0;
+    int64_t floats = 0, multiplied = 0;
     for (int64_t i = 0; i < s.count; ++i) {
         const int64_t fresh = s.starts[i + 1] - s.starts[i];
         if (fresh == 0) continue;
+        multiplied += 2 * fresh * s.lengths[i] * heads * width;
         // the chunks do not depend on the number of threads, so neither does the result
         for (int64_t h = 0; h < cache.heads; ++h) {
             for (int64_t begin = 0; begin < s.lengths[i]; begin += kChunk) {
@@ -158,9 +162,7 @@ Attended attend_paged(const float *q, const Cache &cache, const Sequences &s, in
     float *sums = sums_scratch.data();
     const KernelTable &k = kernels();
     const int64_t element = cache.half ? 2 : 4;
-    parallel_for(std::max<int64_t>(1, static_cast<int64_t>(work.size())), [&](int64_t index) {
-        if (work.empty()) return;
-        const Work &w = work[static_cast<size_t>(index)];
+    auto attend_one = [&](const Work &w) {
         const int64_t first = s.starts[w.sequence], fresh = s.starts[w.sequence + 1] - first;
         thread_local std::vector<float> scores;
         const size_t needed = static_cast<size_t>(fresh * group * kChunk);
@@ -184,7 +186,13 @@ Attended attend_paged(const float *q, const Cache &cache, const Sequences &s, in
         task.scores = scores.data();
         task.sums = sums + w.first_sum;
         k.attend(task);
-    });
+    };
+    if (multiplied < kAttendAlone) {
+        for (const Work &w : work) attend_one(w);
+    } else {
+        parallel_for(static_cast<int64_t>(work.size()),
+                     [&](int64_t index) { attend_one(work[static_cast<size_t>(index)]); });
+    }
     for (const Work &w : work) {
         if (w.begin != 0) continue;
         const int64_t first = s.starts[w.sequence], fresh = s.starts[w.sequence + 1] - first;

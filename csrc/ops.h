@@ -31,6 +31,9 @@ struct Cache {
 bool rotate_append(const Heads &q, const Heads &k, const Heads &v, const float *cos, const float *sin,
                    const int64_t *slots, const Cache &cache, int64_t tokens, int64_t width, float *q_out);
 
+// Whether all of `slots` [tokens] are rows of a cache.
+bool are_slots(const int64_t *slots, int64_t tokens, int64_t cache_rows);
+
 struct Sequences {
     const int64_t *pages;    // [count][pages_per_sequence]
     const int64_t *lengths;  // [count]
@@ -39,6 +42,9 @@ struct Sequences {
 };
 
 enum class Attended : int { done = 0, too_many_fresh = 1, out_of_range = 2 };
+
+// What attend_paged would say of a step, from every index that it follows.
+Attended check_places(const Sequences &sequences, int64_t tokens, int64_t cache_rows);
 
 // Causal attention of q [tokens][heads][width], contiguous, over the paged cache -> y [tokens][heads * width].
 // Takes up to kMaxFresh new tokens a sequence and widths that are multiples of 16; checks every index it follows.

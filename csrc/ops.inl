@@ -1,5 +1,5 @@
-// Norm, gated activation and paged attention, included by each ISA file after its `Isa`: written once on the
-// compiler's vector type of the ISA's width.
+// Norm, gated activation and paged attention (attend.inl), included by each ISA file after its `Isa`: written once on
+// the compiler's vector type of the ISA's width.
 
 namespace fewbit {
 namespace {
@@ -72,87 +72,7 @@ void gated_silu(const float *gate, const float *up, float *y, int64_t n) {
     if (i < n) store_part(y + i, silu_times(load_part(gate + i, n - i), load_part(up + i, n - i)), n - i);
 }
 
-inline Vec load_cached(const float *p) { return load_vec(p); }
-inline Vec load_cached(const uint16_t *p) { return Isa::load_half(p); }
-
-inline int64_t cached_row(const AttendTask &a, int64_t position) {
-    return a.pages[position / a.page_size] * a.page_size + position % a.page_size;
-}
-
-// Cached rows that new token i sees, counted from `begin`, at most the chunk.
-inline int64_t visible(const AttendTask &a, int i) {
-    const int64_t seen = a.length - a.fresh + i + 1;
-    const int64_t last = seen < a.end ? seen : a.end;
-    return last > a.begin ? last - a.begin : 0;
-}
-
-template <class Cached>
-void score_rows(const AttendTask &a) {
-    const auto *k_cache = static_cast<const Cached *>(a.k_cache);
-    for (int64_t p = a.begin; p < a.end; ++p) {
-        const Cached *k = k_cache + cached_row(a, p) * a.row_stride;
-        for (int i = 0; i < a.fresh; ++i) {
-            const float *q = a.q + i * a.q_stride;
-            for (int h = 0; h < a.group; ++h, q += a.width) {
-                Vec sum = {};
-                for (int d = 0; d < a.width; d += kLanes) sum += load_vec(q + d) * load_cached(k + d);
-                a.scores[(i * a.group + h) * kChunk + (p - a.begin)] = add_lanes(sum) * a.scale;
-            }
-        }
-    }
-}
-
-// Scores to weights e^(score - largest), unseen rows to zero; leaves the sum and the largest beside the values.
-void weigh_scores(const AttendTask &a) {
-    for (int row = 0; row < a.fresh * a.group; ++row) {
-        float *score = a.scores + row * kChunk;
-        const int64_t count = visible(a, row / a.group);
-        float *out = a.sums + static_cast<int64_t>(row) * (a.width + 2);
-        float largest = -__builtin_inff();
-        for (int64_t i = 0; i < count; ++i) largest = score[i] > largest ? score[i] : largest;
-        Vec total = {};
-        int64_t i = 0;
-        for (; i + kLanes <= count; i += kLanes) {
-            const Vec weight = exp_vec(load_vec(score + i) - largest);
-            store_vec(score + i, weight);
-            total += weight;
-        }
-        float sum = add_lanes(total);
-        if (i < count) {
-            const Vec weight = exp_vec(load_part(score + i, count - i) - largest);
-            store_part(score + i, weight, count - i);
-            for (int64_t j = 0; j < count - i; ++j) sum += weight[j];
-        }
-        for (int64_t j = count; j < a.end - a.begin; ++j) score[j] = 0.0f;
-        for (int d = 0; d < a.width; ++d) out[d] = 0.0f;
-        out[a.width] = sum;
-        out[a.width + 1] = largest;
-    }
-}
-
-template <class Cached>
-void add_values(const AttendTask &a) {
-    const auto *v_cache = static_cast<const Cached *>(a.v_cache);
-    for (int64_t p = a.begin; p < a.end; ++p) {
-        const Cached *v = v_cache + cached_row(a, p) * a.row_stride;
-        // a row that no new token sees may hold anything, NaN included, and has weight zero
-        const int64_t hidden = p - (a.length - a.fresh);
-        const int first = hidden > 0 ? static_cast<int>(hidden) : 0;
-        for (int row = first * a.group; row < a.fresh * a.group; ++row) {
-            const float weight = a.scores[row * kChunk + (p - a.begin)];
-            float *out = a.sums + static_cast<int64_t>(row) * (a.width + 2);
-            for (int d = 0; d < a.width; d += kLanes) {
-                store_vec(out + d, load_vec(out + d) + weight * load_cached(v + d));
-            }
-        }
-    }
-}
-
-void attend(const AttendTask &a) {
-    a.half ? score_rows<uint16_t>(a) : score_rows<float>(a);
-    weigh_scores(a);
-    a.half ? add_values<uint16_t>(a) : add_values<float>(a);
-}
-
 }  // namespace
 }  // namespace fewbit
+
+#include "attend.inl"

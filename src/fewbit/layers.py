@@ -14,7 +14,7 @@ from fewbit.config_values import number, real, shown
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
 from fewbit.kernels import Backend, Packed
-from fewbit.kernels.ops import Batch, Ops
+from fewbit.kernels.ops import Ops
 from fewbit.prepared import PreparedLayouts
 from fewbit.qtensor import QTensor
 
@@ -163,31 +163,27 @@ class RopeArgs:
 
 
 class Rope:
-    """positions int64 [T] -> cos, sin float32 [T, width / 2]."""
+    """positions int64 [T] -> cos, sin float32 [T, width / 2], from a table that grows with the positions asked for.
+
+    It is made in pieces of equal size: a position's angles are the same bits whenever they are asked for.
+    """
+
+    PIECE = 256
 
     def __init__(self, args: RopeArgs, width: int) -> None:
         self.freq = args.frequencies(width)
+        self._table = (torch.empty(0, width // 2), torch.empty(0, width // 2))
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        angle = positions.float()[:, None] * self.freq
-        return angle.cos(), angle.sin()
+        if positions.numel() and (last := int(positions.max())) >= len(self._table[0]):
+            self._grow(last + 1)
+        cos, sin = self._table
+        return cos.index_select(0, positions), sin.index_select(0, positions)
 
-
-class Attention:
-    """Rotary grouped-query attention over a paged cache, from the fused q/k/v product to the heads' outputs."""
-
-    def __init__(self, heads: int, kv_heads: int, width: int, ops: Ops) -> None:
-        self.heads, self.kv_heads, self.width, self.ops = heads, kv_heads, width, ops
-        self.k_cache = self.v_cache = torch.empty(0, kv_heads, width)
-
-    def allocate(self, rows: int, dtype: torch.dtype) -> None:
-        """Room for `rows` tokens. Memory is only touched when written, so a large context costs nothing unused."""
-        self.k_cache = torch.empty(rows, self.kv_heads, self.width, dtype=dtype)
-        self.v_cache = torch.empty_like(self.k_cache)
-
-    def __call__(self, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
-        """qkv [T, (H + 2 KV) * D] -> [T, H * D]."""
-        h, kv = self.heads, self.kv_heads
-        q, k, v = qkv.unflatten(1, (h + 2 * kv, self.width)).split((h, kv, kv), dim=1)
-        q = self.ops.rotate_append(q, k, v, cos, sin, batch.slots, self.k_cache, self.v_cache)
-        return self.ops.attend(q, self.k_cache, self.v_cache, batch, self.width**-0.5)
+    def _grow(self, positions: int) -> None:
+        """Room for `positions`, at least twice what there was."""
+        have = len(self._table[0])
+        starts = range(have, max(positions, 2 * have), self.PIECE)
+        angles = [torch.arange(i, i + self.PIECE).float()[:, None] * self.freq for i in starts]
+        cos, sin = self._table
+        self._table = torch.cat([cos, *(a.cos() for a in angles)]), torch.cat([sin, *(a.sin() for a in angles)])

@@ -39,8 +39,8 @@ PAGE = 1 << 16
 # by which an unfinished file grows
 STEP = 1 << 26
 SUFFIX = ".layout"
-# Smaller models are packed at each load: at 250 MB/s and more (int4g64, two cores) that takes a quarter of a second
-# beside more than a second of imports, and such models come in numbers.
+# Smaller models are packed at each load: at 70 MB/s (Q4_1) to 150 MB/s (int4g64), one thread of a busy machine, that
+# takes half a second, as reading a tokenizer does, and a file for each of many small models would serve nobody.
 SMALL_BYTES = 64 << 20
 # all files together take no more than this, nor than a quarter of what would be free without them
 MAX_BYTES = 64 << 30

@@ -141,19 +141,22 @@ def test_llama_bench_is_read(marks: ModuleType) -> None:
         {"n_prompt": 0, "n_gen": 64, "avg_ts": 21.25, "model_size": 800, "samples_ts": [21.25]},
     ]
     printed = f"loading\n{json.dumps(entries)}\nbye [1]\n"
-    assert _llama_bench.rates(printed) == {"prefill": 71.5, "decode": 21.25, "bytes": 800}
+    assert _llama_bench.rates(printed) == {"prefill": 71.5, "decode": 21.25}
 
 
 def test_the_peers_file_is_the_same_model(marks: ModuleType, tiny_folder: Path, tmp_path: Path) -> None:
     import _llama_bench
 
-    written = open_source(_llama_bench.write_gguf(tiny_folder, tmp_path / "tiny.gguf"))
-    source = open_source(tiny_folder)
+    file = _llama_bench.write_gguf(tiny_folder, tmp_path / "tiny.gguf")
+    written, source = open_source(file), open_source(tiny_folder)
     assert [w.name for w in written.weights] == [w.name for w in source.weights]
     for w in source.weights:
         ours, theirs = (parse(q.spec).dequantize(q) for q in (source.read(w.name), written.read(w.name)))
         assert torch.equal(ours, theirs), w.name
     assert list(tmp_path.glob("*.partial")) == []
+    # 2 bytes a weight, 4 where it is of a norm
+    counts = [(w.role, torch.Size(w.shape).numel()) for w in source.weights]
+    assert _llama_bench.tensor_bytes(file) == sum(n * (4 if role == "norm" else 2) for role, n in counts)
 
 
 def test_a_run_gives_shares_to_both_sides(

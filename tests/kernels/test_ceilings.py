@@ -57,9 +57,10 @@ def test_ceilings_are_positive_and_know_their_buffer(each_isa):
         assert ceiling.dot_rate > 4 * Ceilings(each_isa, 1 << 20).measure(1).dot_rate
 
 
-def test_the_largest_cache_is_found(tmp_path):
+@pytest.mark.parametrize("sizes", [["32K", "1024K", "32M", "odd"], ["odd", "32768K", "32K"]])
+def test_the_largest_cache_is_found(tmp_path, sizes):
     assert last_cache(tmp_path) == 0
-    for index, size in enumerate(["32K", "1024K", "32M", "odd"]):
+    for index, size in enumerate(sizes):
         folder = tmp_path / f"sys/devices/system/cpu/cpu0/cache/index{index}"
         folder.mkdir(parents=True)
         (folder / "size").write_text(size + "\n")

@@ -148,9 +148,9 @@ def test_tensors_of_different_kinds_stack_into_one_product(each_isa, make_tensor
 def test_tensors_that_agree_share_a_block(native, make_tensor):
     one = native.prepare([make_tensor("int4g64", 8, 64), make_tensor("int4g64", 8, 64)])
     two = native.prepare([make_tensor("int4g64", 8, 64), make_tensor("int8g64", 8, 64)])
-    # 16 rows: 512 bytes of codes for 64 columns and 2 for each scale
-    assert one.nbytes == 512 + 32
-    assert two.nbytes == 512 + 32 + 1024 + 32
+    # 16 rows: 512 bytes of codes for 64 columns, and a line of 64 for 16 scales of 2
+    assert one.nbytes == 512 + 64
+    assert two.nbytes == 512 + 64 + 1024 + 64
 
 
 def test_big_tensors_are_packed_in_slices(native, make_tensor, random, monkeypatch):

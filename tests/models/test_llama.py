@@ -11,7 +11,7 @@ import torch
 
 import fewbit
 from fewbit.errors import FewbitError
-from fewbit.layers import RopeArgs
+from fewbit.layers import Rope, RopeArgs
 from fewbit.runtime.cache import Sequence
 from fewbit.runtime.engine import LanguageModel
 from tests.conftest import CONFIG, random_weights, write_folder
@@ -78,6 +78,19 @@ def test_default_kernels_stay_near_the_definition(tiny_folder: Path) -> None:
     assert 0 <= kl < 0.01
 
 
+def test_a_quantized_model_runs_its_layers_in_one_call(tiny_folder: Path, tmp_path: Path) -> None:
+    from fewbit.kernels._cpu_ops import NativeStack
+    from fewbit.kernels.ops import Stack
+
+    fewbit.quantize(tiny_folder, tmp_path / "q", format="int4g32", head="int4g32", method="rtn")
+    model, plain = (fewbit.load(tmp_path / "q") for _ in range(2))
+    assert isinstance(model.model.stack, NativeStack)
+    plain.model.stack = Stack(plain.model.stack.ops, plain.model.stack.layers)
+    plain.model.allocate(1024, torch.float16)
+    assert torch.equal(logits(model, IDS, 5), logits(plain, IDS, 5))
+    assert torch.equal(logits(model, IDS, 5), logits(model, IDS, 1))
+
+
 def test_greedy_text_equals_transformers(tiny_folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -138,13 +151,13 @@ def test_an_interrupt_inside_a_step_leaves_a_usable_conversation(
     model = fewbit.load(tiny_folder, exact=True)
     expected = "".join(model.generate(IDS[:30], max_tokens=6))
     fresh = fewbit.load(tiny_folder, exact=True)
-    attention = fresh.model.blocks[1].attention
 
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(type(attention), "__call__", interrupted)
+        # the first layer's keys and values are written by then
+        m.setattr(fresh.model.stack.ops, "attend", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(fresh.generate(IDS[:30], max_tokens=6))
     again = fresh.generate(IDS[:30], max_tokens=6)
@@ -203,6 +216,23 @@ def test_bad_token_ids_and_empty_prompts_are_errors(tiny_folder: Path) -> None:
     for ids in ([320], [-1], []):
         with pytest.raises(FewbitError):
             model.generate(ids)
+
+
+@pytest.mark.parametrize("width", [2, 30, 64])
+def test_a_positions_angles_are_the_same_bits_whenever_they_are_asked_for(width: int) -> None:
+    args = RopeArgs(1e4)
+    slow, fast = Rope(args, width), Rope(args, width)
+    everything = torch.arange(1500)
+    cos, sin = fast(everything)
+    angle = everything.double()[:, None] * args.frequencies(width).double()
+    # float32 positions times float32 frequencies are off by half a step of 1500
+    torch.testing.assert_close(cos.double(), angle.cos(), rtol=0, atol=2e-4)
+    torch.testing.assert_close(sin.double(), angle.sin(), rtol=0, atol=2e-4)
+    for positions in ([0], [3, 1, 3], [255, 256], [1030], [700, 0], []):
+        chosen = torch.tensor(positions, dtype=torch.int64)
+        for got, whole in zip(slow(chosen), (cos, sin), strict=True):
+            assert got.is_contiguous()
+            assert torch.equal(got, whole[chosen])
 
 
 def test_unknown_rope_scaling_is_an_error() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fewbit.checkpoint import TokenizerData
 from fewbit.errors import FewbitError
 from fewbit.runtime.cache import PageAllocator, Sequence
-from fewbit.runtime.sampler import Sampler, Sampling
+from fewbit.runtime.sampler import Sampler, Sampling, candidates
 from fewbit.tokenizer import TextStream, Tokenizer
 from fewbit.tokenizer.chat_template import ChatTemplate
 from tests.conftest import byte_tokenizer
@@ -101,7 +101,44 @@ def test_filters_keep_the_right_tokens_in_proportion(sampling: Sampling, survivo
     torch.testing.assert_close(got, expected, atol=0.04, rtol=0)
 
 
-def test_top_p_beyond_the_first_look_takes_enough_tokens() -> None:
+def sorted_whole(logits: torch.Tensor, s: Sampling) -> tuple[list[float], list[int]]:
+    """The filters' definition: every token sorted, then dropped one filter after the other."""
+    values, ids = logits.sort(descending=True, stable=True)
+    if s.top_k:
+        values, ids = values[: s.top_k], ids[: s.top_k]
+    p = values.softmax(0)
+    kept = max(1, int(((p.cumsum(0) - p < s.top_p) & (p >= s.min_p * p[0])).sum()))
+    return values[:kept].tolist(), ids[:kept].tolist()
+
+
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from([0, 1, 3, 40, 700, 5000]),
+    st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.01]),
+    st.sampled_from([0.0, 0.01, 0.3]),
+    st.sampled_from([0.0, 0.3, 4.0, 30.0]),
+)
+@settings(max_examples=200, deadline=None)
+def test_no_candidate_differs_from_the_full_sorts(seed: int, k: int, p: float, low: float, spread: float) -> None:
+    g = torch.Generator().manual_seed(seed)
+    # on a grid, so that many are equal
+    logits = (torch.randn(1500, generator=g) * spread * 8).round() / 8 - 3
+    s = Sampling(temperature=1.0, top_k=k, top_p=p, min_p=low)
+    values, ids = candidates(logits, s)
+    if s.top_k in (0, 5000) and p == 1.0 and not low:
+        assert torch.equal(values, logits)
+        assert ids.tolist() == list(range(1500))
+    else:
+        theirs, their_ids = sorted_whole(logits, s)
+        # the two sum in different orders: a token on the very border may fall on either side
+        assert abs(len(theirs) - len(ids)) <= 1
+        assert (
+            list(zip(values.tolist(), ids.tolist(), strict=True))[: len(theirs)]
+            == list(zip(theirs, their_ids, strict=True))[: len(ids)]
+        )
+
+
+def test_top_p_of_a_flat_distribution_takes_enough_tokens() -> None:
     flat = torch.zeros(5000)
     seen = {Sampler(Sampling(temperature=1.0, top_p=0.9, seed=i))(flat, ()) for i in range(3000)}
     assert len(seen) > 1500

@@ -5,7 +5,9 @@ A backend overrides the ones it has a faster way for by subclassing `Ops`; all o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +31,36 @@ class Batch:
     starts: Tensor
     page_size: int
     wanted: Tensor | None = None
+
+
+# keys and values of one layer, [R, KV, D] each
+Cache = tuple[Tensor, Tensor]
+
+
+class Product(Protocol):
+    """What multiplies by one or several stacked matrices: x [T, in] -> [T, out]."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The parts of one decoder layer over a hidden state of width d.
+
+    qkv [d -> (heads + 2 kv_heads) * width], o [heads * width -> d], gate_up [d -> 2n], down [n -> d]; norms [d].
+    """
+
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    eps: float
+    qkv: Product
+    o: Product
+    gate_up: Product
+    down: Product
+    heads: int
+    kv_heads: int
+    width: int
+    activation: str
 
 
 class Ops:
@@ -92,6 +124,40 @@ class Ops:
             )
             out[first:last] = y[0].transpose(0, 1).reshape(fresh, heads * width)
         return out
+
+    def layer(self, x: Tensor, layer: Layer, cache: Cache, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        """x [T, d] + attention of its norm, then + the gated product of that one's norm -> [T, d]."""
+        heads, kv = layer.heads, layer.kv_heads
+        qkv = layer.qkv(self.rms_norm(x, layer.attention_norm, layer.eps))
+        q, k, v = qkv.unflatten(1, (heads + 2 * kv, layer.width)).split((heads, kv, kv), dim=1)
+        q = self.rotate_append(q, k, v, cos, sin, batch.slots, *cache)
+        x = x + layer.o(self.attend(q, *cache, batch, layer.width**-0.5))
+        gate_up = layer.gate_up(self.rms_norm(x, layer.mlp_norm, layer.eps))
+        return x + layer.down(self.gated(gate_up, layer.activation))
+
+    def stack(self, layers: Sequence[Layer]) -> Stack:
+        """`layers` made ready to run one after the other."""
+        return Stack(self, layers)
+
+
+class Stack:
+    """Layers that run one after the other, with their caches."""
+
+    def __init__(self, ops: Ops, layers: Sequence[Layer]) -> None:
+        self.ops, self.layers = ops, tuple(layers)
+        self.caches: list[Cache] = []
+        self.allocate(0, torch.float32)
+
+    def allocate(self, rows: int, dtype: torch.dtype) -> None:
+        """Room for `rows` tokens. Memory is only touched when written, so a large context costs nothing unused."""
+        shapes = [(rows, layer.kv_heads, layer.width) for layer in self.layers]
+        self.caches = [(torch.empty(s, dtype=dtype), torch.empty(s, dtype=dtype)) for s in shapes]
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        """x [T, d], cos and sin [T, D/2] of the tokens' positions -> [T, d]; appends to the caches."""
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            x = self.ops.layer(x, layer, cache, cos, sin, batch)
+        return x
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

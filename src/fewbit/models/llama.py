@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fewbit.config_values import flag, number, real, shown
 from fewbit.errors import FewbitError
-from fewbit.kernels.ops import Batch
-from fewbit.layers import Attention, RMSNorm, Rope, RopeArgs, Weights
+from fewbit.kernels.ops import Batch, Layer
+from fewbit.layers import RMSNorm, Rope, RopeArgs, Weights
 from fewbit.models import WeightInfo
 
 # far above any model there is; a config's word is bounded before lists and tensors are made of it
@@ -139,18 +139,27 @@ class Block:
     """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, args: Args, w: Weights, prefix: str) -> None:
-        self.attention_norm = RMSNorm(w.dense(f"{prefix}input_layernorm.weight"), args.rms_norm_eps, w.ops)
-        self.mlp_norm = RMSNorm(w.dense(f"{prefix}post_attention_layernorm.weight"), args.rms_norm_eps, w.ops)
-        self.qkv = w.linear(*(f"{prefix}self_attn.{n}_proj" for n in "qkv"))
-        self.o = w.linear(f"{prefix}self_attn.o_proj")
-        self.gate_up = w.linear(f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj")
-        self.down = w.linear(f"{prefix}mlp.down_proj")
-        self.attention = Attention(args.num_attention_heads, args.num_key_value_heads, args.head_dim, w.ops)
-        self.ops, self.activation = w.ops, args.activation
+        self.ops = w.ops
+        self.layer = Layer(
+            attention_norm=w.dense(f"{prefix}input_layernorm.weight"),
+            mlp_norm=w.dense(f"{prefix}post_attention_layernorm.weight"),
+            eps=args.rms_norm_eps,
+            qkv=w.linear(*(f"{prefix}self_attn.{n}_proj" for n in "qkv")),
+            o=w.linear(f"{prefix}self_attn.o_proj"),
+            gate_up=w.linear(f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"),
+            down=w.linear(f"{prefix}mlp.down_proj"),
+            heads=args.num_attention_heads,
+            kv_heads=args.num_key_value_heads,
+            width=args.head_dim,
+            activation=args.activation,
+        )
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
-        x = x + self.o(self.attention(self.qkv(self.attention_norm(x)), cos, sin, batch))
-        return x + self.down(self.ops.gated(self.gate_up(self.mlp_norm(x)), self.activation))
+        """The block alone, where `ops` needs no cache."""
+        return self.ops.layer(x, self.layer, (_NO_CACHE, _NO_CACHE), cos, sin, batch)
+
+
+_NO_CACHE = torch.empty(0)
 
 
 class Model:
@@ -159,21 +168,18 @@ class Model:
     def __init__(self, args: Args, w: Weights) -> None:
         self.args = args
         self.embedding = w.linear("model.embed_tokens")
-        self.blocks = [Block(args, w, BLOCK.format(i)) for i in range(args.num_hidden_layers)]
+        layers = [Block(args, w, BLOCK.format(i)).layer for i in range(args.num_hidden_layers)]
+        self.stack = w.ops.stack(layers)
         self.norm = RMSNorm(w.dense("model.norm.weight"), args.rms_norm_eps, w.ops)
         self.head = self.embedding if args.tie_word_embeddings else w.linear("lm_head")
         self.rope = rope(args)
 
     def allocate(self, rows: int, dtype: torch.dtype) -> None:
         """Cache room for `rows` tokens in every layer."""
-        for block in self.blocks:
-            block.attention.allocate(rows, dtype)
+        self.stack.allocate(rows, dtype)
 
     def __call__(self, ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
-        x = self.embedding.rows(ids)
-        cos, sin = self.rope(positions)
-        for block in self.blocks:
-            x = block(x, cos, sin, batch)
+        x = self.stack(self.embedding.rows(ids), *self.rope(positions), batch)
         if batch.wanted is not None:
             x = x[batch.wanted]
         return self.head(self.norm(x))

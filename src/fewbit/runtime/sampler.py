@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fewbit.errors import FewbitError
 
-# candidates looked at before a full sort is tried: top-p rarely needs more
-FIRST_LOOK = 1024
 # colder than this, only the likeliest token has any probability left in float32
 GREEDY_BELOW = 1e-4
 
@@ -64,30 +64,41 @@ class Sampler:
         if s.repetition_penalty != 1.0 and history:
             logits = _penalized(logits, history, s.repetition_penalty)
         if s.temperature < GREEDY_BELOW:
-            return int(logits.argmax())
-        values, ids = self._candidates(logits / s.temperature)
-        chosen = torch.multinomial(values.softmax(0), 1, generator=self.random)
-        return int(ids[chosen])
+            # a tenth of the time of torch's
+            return int(logits.numpy().argmax())
+        values, ids = candidates(logits / s.temperature, s)
+        return int(ids[self._draw(values.softmax(0))])
 
-    def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits that pass the filters, largest first, and their ids."""
-        s, size = self.sampling, len(logits)
-        count = min(s.top_k or size, size)
-        if s.top_p == 1.0 and s.min_p == 0.0:
-            return _largest(logits, count)
-        # top-p counts probability among the top-k
-        values, ids = _largest(logits, count if s.top_k else min(FIRST_LOOK, size))
-        total = values.logsumexp(0) if s.top_k else logits.logsumexp(0)
-        kept = _passes(values, total, s)
-        if kept == len(values) < count:
-            values, ids = _largest(logits, count)
-            kept = _passes(values, total, s)
-        return values[:kept], ids[:kept]
+    def _draw(self, p: Tensor) -> int:
+        """An index with the probabilities p: where a uniform number falls among their running sums."""
+        sums = p.cumsum(0, dtype=torch.float64)
+        point = torch.rand((), dtype=torch.float64, generator=self.random) * sums[-1]
+        return min(int(torch.searchsorted(sums, point, right=True)), len(p) - 1)
 
 
-def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    found = torch.topk(logits, count)
-    return found.values, found.indices
+def candidates(logits: Tensor, s: Sampling) -> tuple[Tensor, Tensor]:
+    """The logits that pass top-k, top-p and min-p, largest first (of equal ones the lower id), and their ids [n].
+
+    What certainly fails is left out before anything is sorted. Without a filter, all in the order of their ids.
+    """
+    size = len(logits)
+    top_k = 0 if s.top_k >= size else s.top_k
+    if not top_k and s.top_p == 1.0 and s.min_p == 0.0:
+        return logits, torch.arange(size)
+    # top-p counts probability among the top-k
+    counted = torch.topk(logits, top_k).values if top_k else logits
+    total = counted.logsumexp(0)
+    floor = float(counted[-1]) if top_k else -math.inf
+    if not top_k and s.top_p < 1.0:
+        # all tokens below this share together have less than 1 - top_p, and half of it leaves room for rounding
+        floor = float(total) + math.log((1 - s.top_p) / (2 * size))
+    if s.min_p:
+        floor = max(floor, float(logits.max()) + math.log(s.min_p) - 1e-3)
+    ids = torch.from_numpy(np.flatnonzero(logits.numpy() >= np.float32(floor)))
+    values, order = logits[ids].sort(descending=True, stable=True)
+    # more than k pass where several equal the last
+    kept = min(_passes(values, total, s), top_k or size)
+    return values[:kept], ids[order[:kept]]
 
 
 def _passes(values: Tensor, total: Tensor, s: Sampling) -> int:

@@ -157,8 +157,8 @@ def time_once(model: LanguageModel, prompt: int, new: int) -> tuple[float, float
 
 def linears(model: LanguageModel) -> Iterator[Linear]:
     """Every product of a step: those of the blocks, then the head (which may be the embedding too)."""
-    for block in model.model.blocks:
-        yield from (part for part in vars(block).values() if isinstance(part, Linear))
+    for layer in model.model.stack.layers:
+        yield from (part for part in vars(layer).values() if isinstance(part, Linear))
     yield model.model.head
 
 

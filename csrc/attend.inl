@@ -1,0 +1,164 @@
+// Paged attention of a few new tokens, on the vectors of ops.inl. A token's result depends on the rows it sees and on
+// nothing else of the batch.
+
+namespace fewbit {
+namespace {
+
+// Query heads that share a pass over the cached rows; more would not fit the registers.
+constexpr int kHeadsAtOnce = 4;
+
+inline Vec load_cached(const float *p) { return load_vec(p); }
+inline Vec load_cached(const uint16_t *p) { return Isa::load_half(p); }
+
+template <int... L>
+struct Lanes {};
+template <int N, int... L>
+struct CountLanes : CountLanes<N - 1, N - 1, L...> {};
+template <int... L>
+struct CountLanes<0, L...> {
+    using Type = Lanes<L...>;
+};
+
+// Adds the lanes of a, and those of b, that are S apart: lanes without bit S hold a's sums, the others b's.
+template <int S, int... L>
+inline Vec fold(Vec a, Vec b, Lanes<L...>) {
+    return __builtin_shufflevector(a, b, ((L & S) ? kLanes + L : L)...) +
+           __builtin_shufflevector(a, b, ((L & S) ? kLanes + (L ^ S) : (L ^ S))...);
+}
+
+// One vector for each of H heads.
+template <int H>
+struct PerHead {
+    Vec v[H];
+};
+
+// Lane l: what has to be added up, over the lanes that equal l modulo N, to the product of q and cached row l mod N.
+template <class Cached, int H, int N>
+inline PerHead<H> dots(const Cached *keys, const int64_t *rows, const float *q, int width) {
+    if constexpr (N == 1) {
+        PerHead<H> sums{};
+        for (int d = 0; d < width; d += kLanes) {
+            const Vec k = load_cached(keys + rows[0] + d);
+            for (int h = 0; h < H; ++h) sums.v[h] += load_vec(q + h * width + d) * k;
+        }
+        return sums;
+    } else {
+        PerHead<H> sums = dots<Cached, H, N / 2>(keys, rows, q, width);
+        const PerHead<H> others = dots<Cached, H, N / 2>(keys, rows + N / 2, q, width);
+        for (int h = 0; h < H; ++h) {
+            sums.v[h] = fold<N / 2>(sums.v[h], others.v[h], typename CountLanes<kLanes>::Type());
+        }
+        return sums;
+    }
+}
+
+// Scores to weights e^(score - largest); their sum and the largest to out[0] and out[1].
+inline void weigh(float *score, int64_t count, float *out) {
+    Vec most = splat_vec(-__builtin_inff());
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        const Vec v = load_vec(score + i);
+        most = v > most ? v : most;
+    }
+    float largest = -__builtin_inff();
+    for (int l = 0; l < kLanes; ++l) largest = most[l] > largest ? most[l] : largest;
+    for (; i < count; ++i) largest = score[i] > largest ? score[i] : largest;
+
+    Vec total = {};
+    for (i = 0; i + kLanes <= count; i += kLanes) {
+        const Vec weight = exp_vec(load_vec(score + i) - largest);
+        store_vec(score + i, weight);
+        total += weight;
+    }
+    float sum = add_lanes(total);
+    if (i < count) {
+        const Vec weight = exp_vec(load_part(score + i, count - i) - largest);
+        store_part(score + i, weight, count - i);
+        for (int64_t l = 0; l < count - i; ++l) sum += weight[l];
+    }
+    out[0] = sum;
+    out[1] = largest;
+}
+
+// V vectors of the weighted values of H heads.
+template <class Cached, int H, int V>
+inline void add_values(const Cached *values, const int64_t *rows, const float *weights, int64_t count, float *out,
+                       int64_t out_stride) {
+    Vec sums[H][V] = {};
+    for (int64_t p = 0; p < count; ++p) {
+        Vec value[V];
+        for (int j = 0; j < V; ++j) value[j] = load_cached(values + rows[p] + j * kLanes);
+        for (int h = 0; h < H; ++h) {
+            const Vec weight = splat_vec(weights[h * kChunk + p]);
+            for (int j = 0; j < V; ++j) sums[h][j] += weight * value[j];
+        }
+    }
+    for (int h = 0; h < H; ++h) {
+        for (int j = 0; j < V; ++j) store_vec(out + h * out_stride + j * kLanes, sums[h][j]);
+    }
+}
+
+// H query heads of one new token, the first of them number `row` of the task's results, over `count` cached rows.
+template <class Cached, int H>
+void attend_heads(const AttendTask &a, const int64_t *rows, const float *q, int64_t row, int64_t count) {
+    const auto *keys = static_cast<const Cached *>(a.k_cache);
+    const auto *values = static_cast<const Cached *>(a.v_cache);
+    float *scores = a.scores + row * kChunk;
+    for (int64_t p = 0; p < count; p += kLanes) {
+        const PerHead<H> found = dots<Cached, H, kLanes>(keys, rows + p, q, a.width);
+        for (int h = 0; h < H; ++h) store_vec(scores + h * kChunk + p, found.v[h] * a.scale);
+    }
+    const int64_t entry = a.width + 2;
+    float *out = a.sums + row * entry;
+    for (int h = 0; h < H; ++h) weigh(scores + h * kChunk, count, out + h * entry + a.width);
+    int d = 0;
+    for (; d + 4 * kLanes <= a.width; d += 4 * kLanes) {
+        add_values<Cached, H, 4>(values + d, rows, scores, count, out + d, entry);
+    }
+    for (; d < a.width; d += kLanes) add_values<Cached, H, 1>(values + d, rows, scores, count, out + d, entry);
+}
+
+// Cached rows that new token i sees, counted from `begin`, at most the chunk.
+inline int64_t visible(const AttendTask &a, int i) {
+    const int64_t seen = a.length - a.fresh + i + 1;
+    const int64_t last = seen < a.end ? seen : a.end;
+    return last > a.begin ? last - a.begin : 0;
+}
+
+// Where the chunk's rows begin in the cache, in elements; after the last one it stands for those to a whole vector.
+inline void locate(const AttendTask &a, int64_t *rows) {
+    int64_t page = a.begin / a.page_size, offset = a.begin % a.page_size;
+    const int64_t count = a.end - a.begin;
+    for (int64_t p = 0; p < count; ++p) {
+        rows[p] = (a.pages[page] * a.page_size + offset) * a.row_stride;
+        if (++offset == a.page_size) {
+            offset = 0;
+            ++page;
+        }
+    }
+    for (int64_t p = count; p % kLanes; ++p) rows[p] = rows[count - 1];
+}
+
+template <class Cached>
+void attend_rows(const AttendTask &a) {
+    int64_t rows[kChunk];
+    locate(a, rows);
+    for (int i = 0; i < a.fresh; ++i) {
+        const int64_t count = visible(a, i);
+        for (int h = 0; h < a.group; h += kHeadsAtOnce) {
+            const float *q = a.q + i * a.q_stride + h * a.width;
+            const int64_t row = i * a.group + h;
+            switch (a.group - h) {
+                case 1: attend_heads<Cached, 1>(a, rows, q, row, count); break;
+                case 2: attend_heads<Cached, 2>(a, rows, q, row, count); break;
+                case 3: attend_heads<Cached, 3>(a, rows, q, row, count); break;
+                default: attend_heads<Cached, kHeadsAtOnce>(a, rows, q, row, count);
+            }
+        }
+    }
+}
+
+void attend(const AttendTask &a) { a.half ? attend_rows<uint16_t>(a) : attend_rows<float>(a); }
+
+}  // namespace
+}  // namespace fewbit

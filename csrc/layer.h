@@ -1,0 +1,48 @@
+// Whole decoder layers in one call, for steps of a few tokens: what lies between the products is then as cheap as it can
+// be. Made of the functions of ops.h and product.h, in the order and with the results of Ops.layer in kernels/ops.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "ops.h"
+#include "pack.h"
+
+namespace fewbit {
+
+// Addresses of a layer's parts; whoever adds a layer keeps them alive. With d columns of the hidden state, H heads over
+// KV key-value heads of `width`: qkv [(H + 2 KV) * width, d], o [d, H * width], gate_up [2 n, d], down [d, n].
+struct Layer {
+    const float *attention_norm;  // [d]
+    const float *mlp_norm;        // [d]
+    float eps;
+    const Matrix *qkv, *o, *gate_up, *down;
+    int64_t heads, kv_heads, width;
+    Cache cache;
+};
+
+// Where the tokens of a step stand and go; the same for all layers.
+struct Step {
+    int64_t tokens;
+    const float *cos, *sin;  // [tokens][width / 2]
+    const int64_t *slots;    // [tokens], cache rows
+    Sequences sequences;
+};
+
+// Layers that run one after the other, each with its part of the cache.
+class Stack {
+  public:
+    void add(const Layer &layer) { layers_.push_back(layer); }
+
+    // Memory of layer `index` for keys and for values, [rows][kv_heads][width] of f16 or f32 each.
+    void set_cache(size_t index, void *keys, void *values, bool half, int64_t rows);
+
+    // x [tokens][d] through all layers to y [tokens][d]. Nothing is written, to y or to a cache, unless `done`.
+    Attended run(const float *x, const Step &step, float *y) const;
+
+  private:
+    std::vector<Layer> layers_;
+};
+
+}  // namespace fewbit

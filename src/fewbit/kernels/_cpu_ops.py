@@ -1,0 +1,280 @@
+"""The operations around the products in native code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.kernels.ops import Batch, Layer, Ops, Product, Stack
+
+# what _cpu.attend and _cpu.Stack.run answer; the third, 1, is more new tokens of a sequence than they take
+DONE, OUT_OF_RANGE = 0, 2
+
+
+def _is_rows(t: Tensor, columns: int) -> bool:
+    """float32 [T, columns] on the CPU, contiguous."""
+    return t.dtype is torch.float32 and t.dim() == 2 and t.shape[1] == columns and t.is_cpu and t.is_contiguous()
+
+
+def _are_heads(t: Tensor, tokens: int, width: int) -> bool:
+    """float32 [tokens, heads, width] on the CPU; heads side by side, tokens at any distance."""
+    shape, strides = t.shape, t.stride()
+    return (
+        t.dtype is torch.float32
+        and shape[0] == tokens
+        and shape[2] == width
+        and strides[2] == 1
+        and strides[1] == width
+        and t.is_cpu
+    )
+
+
+def _are_indices(*tensors: Tensor) -> bool:
+    return all(t.dtype is torch.int64 and t.is_cpu and t.is_contiguous() for t in tensors)
+
+
+class CpuOps(Ops):
+    """Native overrides; whatever they do not take goes to the definitions."""
+
+    def __init__(self, native: ModuleType) -> None:
+        self.native = native
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [T, n], weight [n]."""
+        n = weight.shape[0]
+        if not _is_rows(x, n) or weight.dtype is not torch.float32 or not weight.is_contiguous():
+            return super().rms_norm(x, weight, eps)
+        y = torch.empty_like(x)
+        self.native.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.shape[0], n, eps)
+        return y
+
+    def gated(self, gate_up: Tensor, activation: str) -> Tensor:
+        """gate_up [T, 2n] -> [T, n]."""
+        n = gate_up.shape[-1] // 2
+        if activation != "silu" or not _is_rows(gate_up, 2 * n):
+            return super().gated(gate_up, activation)
+        y = torch.empty(gate_up.shape[0], n)
+        self.native.gated_silu(gate_up.data_ptr(), y.data_ptr(), gate_up.shape[0], n)
+        return y
+
+    def rotate_append(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor:
+        """q [T, H, D], k and v [T, KV, D]; IndexError where a slot is out of range."""
+        tokens, heads, width = q.shape
+        kv = k.shape[1]
+        taken = (
+            all(_are_heads(t, tokens, width) for t in (q, k, v))
+            and v.shape[1] == kv
+            and width % 2 == 0
+            and all(_is_rows(t, width // 2) and t.shape[0] == tokens for t in (cos, sin))
+            and _are_indices(slots)
+            and slots.shape == (tokens,)
+            and _are_caches(k_cache, v_cache, kv, width)
+        )
+        if not taken:
+            return super().rotate_append(q, k, v, cos, sin, slots, k_cache, v_cache)
+        out = torch.empty(tokens, heads, width)
+        written = self.native.rotate_append(
+            q.data_ptr(),
+            q.stride(0),
+            heads,
+            k.data_ptr(),
+            k.stride(0),
+            v.data_ptr(),
+            v.stride(0),
+            kv,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            slots.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            k_cache.dtype is torch.float16,
+            k_cache.shape[0],
+            tokens,
+            width,
+            out.data_ptr(),
+        )
+        if not written:
+            raise _slots_out_of_range(slots, k_cache.shape[0])
+        return out
+
+    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
+        """q [T, H, D] -> [T, H * D]; a few new tokens a sequence here, long prompts by the definition."""
+        tokens, heads, width = q.shape
+        kv = k_cache.shape[1]
+        taken = (
+            width % 16 == 0
+            and heads % kv == 0
+            and q.dtype is torch.float32
+            and q.is_cpu
+            and q.is_contiguous()
+            and _are_caches(k_cache, v_cache, kv, width)
+            and _is_paged(batch)
+        )
+        if not taken:
+            return super().attend(q, k_cache, v_cache, batch, scale)
+        out = torch.empty(tokens, heads * width)
+        answer = self.native.attend(
+            q.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            k_cache.dtype is torch.float16,
+            k_cache.shape[0],
+            kv,
+            batch.pages.data_ptr(),
+            batch.pages.shape[1],
+            batch.page_size,
+            batch.lengths.data_ptr(),
+            batch.starts.data_ptr(),
+            len(batch.pages),
+            tokens,
+            heads,
+            width,
+            scale,
+            out.data_ptr(),
+        )
+        if answer == OUT_OF_RANGE:
+            raise _batch_out_of_range(batch, k_cache.shape[0])
+        return out if answer == DONE else super().attend(q, k_cache, v_cache, batch, scale)
+
+    def stack(self, layers: Sequence[Layer]) -> Stack:
+        """A step of few tokens is one native call where the native code takes every part of every layer."""
+        taken = layers and all(_takes(self.native, layer, layers[0].attention_norm.shape[0]) for layer in layers)
+        return NativeStack(self, layers) if taken else super().stack(layers)
+
+
+class NativeStack(Stack):
+    """Layers that native code runs in one call; more new tokens than its attention takes go layer by layer."""
+
+    def __init__(self, ops: CpuOps, layers: Sequence[Layer]) -> None:
+        self.native: Any = ops.native.Stack()
+        for layer in layers:
+            self.native.add(
+                layer.attention_norm.data_ptr(),
+                layer.mlp_norm.data_ptr(),
+                layer.eps,
+                *(_matrix(ops.native, p) for p in (layer.qkv, layer.o, layer.gate_up, layer.down)),
+                layer.heads,
+                layer.kv_heads,
+                layer.width,
+            )
+        super().__init__(ops, layers)
+
+    def allocate(self, rows: int, dtype: torch.dtype) -> None:
+        """Room for `rows` tokens; ValueError where `dtype` is neither float32 nor float16."""
+        if dtype not in (torch.float32, torch.float16):
+            raise ValueError(f"caches must be float32 or float16, got {dtype}")
+        super().allocate(rows, dtype)
+        for i, (keys, values) in enumerate(self.caches):
+            self.native.set_cache(i, keys.data_ptr(), values.data_ptr(), dtype is torch.float16, rows)
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        """x [T, d] -> [T, d]; IndexError where a slot or a page leaves the cache, with nothing written."""
+        tokens, first = x.shape[0], self.layers[0]
+        taken = (
+            _is_rows(x, first.attention_norm.shape[0])
+            and all(_is_rows(t, first.width // 2) and t.shape[0] == tokens for t in (cos, sin))
+            and _are_indices(batch.slots)
+            and batch.slots.shape == (tokens,)
+            and _is_paged(batch)
+        )
+        if not taken:
+            return self._one_by_one(x, cos, sin, batch)
+        y = torch.empty_like(x)
+        answer = self.native.run(
+            x.data_ptr(),
+            tokens,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            batch.slots.data_ptr(),
+            batch.pages.data_ptr(),
+            batch.pages.shape[1],
+            batch.page_size,
+            batch.lengths.data_ptr(),
+            batch.starts.data_ptr(),
+            len(batch.pages),
+            y.data_ptr(),
+        )
+        if answer == OUT_OF_RANGE:
+            rows = self.caches[0][0].shape[0]
+            inside = ((batch.slots >= 0) & (batch.slots < rows)).all()
+            raise _batch_out_of_range(batch, rows) if inside else _slots_out_of_range(batch.slots, rows)
+        return y if answer == DONE else self._one_by_one(x, cos, sin, batch)
+
+    def _one_by_one(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        return super().__call__(x, cos, sin, batch)
+
+
+def _matrix(native: ModuleType, product: Product) -> Any:
+    """The native matrix that is all of a product, or None: another backend's, or one with a bias."""
+    packed = getattr(product, "packed", None)
+    if packed is None or not isinstance(packed.data, native.Matrix) or getattr(product, "bias", None) is not None:
+        return None
+    return packed.data
+
+
+def _takes(native: ModuleType, layer: Layer, d: int) -> bool:
+    """Whether the native code runs this layer, over a hidden state of width `d`."""
+    qkv, o, gate_up, down = (_matrix(native, p) for p in (layer.qkv, layer.o, layer.gate_up, layer.down))
+    if qkv is None or o is None or gate_up is None or down is None:
+        return False
+    heads, inner = layer.heads * layer.width, down.column_count
+    shapes = [(m.row_count, m.column_count) for m in (qkv, o, gate_up, down)]
+    return (
+        shapes == [(heads + 2 * layer.kv_heads * layer.width, d), (d, heads), (2 * inner, d), (d, inner)]
+        and all(_is_rows(norm[None], d) for norm in (layer.attention_norm, layer.mlp_norm))
+        and layer.activation == "silu"
+        and layer.width % 16 == 0
+        and layer.heads % layer.kv_heads == 0
+    )
+
+
+def _is_paged(batch: Batch) -> bool:
+    """Tables whose shapes agree; what they say is checked by the native code."""
+    sequences = batch.pages.shape[0]
+    return (
+        _are_indices(batch.pages, batch.lengths, batch.starts)
+        and batch.pages.dim() == 2
+        and batch.lengths.shape == (sequences,)
+        and batch.starts.shape == (sequences + 1,)
+        and batch.page_size > 0
+    )
+
+
+def _slots_out_of_range(slots: Tensor, rows: int) -> IndexError:
+    return IndexError(f"slots must lie in 0 .. {rows - 1}, got {slots.tolist()}")
+
+
+def _batch_out_of_range(batch: Batch, rows: int) -> IndexError:
+    return IndexError(
+        f"the batch leaves the cache: lengths {batch.lengths.tolist()}, starts {batch.starts.tolist()}, "
+        f"pages up to {int(batch.pages.max())} of {batch.page_size} in {rows} rows"
+    )
+
+
+def _are_caches(k_cache: Tensor, v_cache: Tensor, heads: int, width: int) -> bool:
+    """Two contiguous caches [R, heads, width] of one dtype, float32 or float16."""
+    dtype, shape = k_cache.dtype, k_cache.shape
+    return (
+        (dtype is torch.float32 or dtype is torch.float16)
+        and dtype is v_cache.dtype
+        and shape == v_cache.shape
+        and shape[1] == heads
+        and shape[2] == width
+        and k_cache.is_cpu
+        and k_cache.is_contiguous()
+        and v_cache.is_contiguous()
+    )
