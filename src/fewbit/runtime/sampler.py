@@ -127,7 +127,7 @@ def _top_p_floor(x: Floats, top_p: float) -> float:
     for share in LIKELY_SHARES:
         floor = total + math.log(share)
         # well above, so that rounding does not count
-        if np.exp(x[x >= np.float32(floor)] - total).sum() > top_p + 1e-4:
+        if np.exp(x[x >= np.float32(floor)] - np.float32(total)).sum() > top_p + 1e-4:
             return floor
     # all tokens below this share together have half of what top-p leaves out
     return total + math.log((1 - top_p) / (2 * len(x)))
@@ -139,12 +139,12 @@ def _min_p_floor(x: Floats, min_p: float) -> float:
 
 def _log_sum_exp(x: Floats) -> float:
     top = x.max()
-    return float(top + np.log(np.exp(x - top).sum()))
+    return float(top) + math.log(np.exp(x - top).sum(dtype=np.float64))
 
 
 def _passes(values: Floats, total: float, s: Sampling) -> int:
     """How many of the sorted values pass top-p and min-p; at least one."""
-    p = np.exp(values - np.float32(total))
+    p = np.exp(values.astype(np.float64) - total)
     before = p.cumsum() - p
     inside = (before < s.top_p) | (s.top_p == 1.0)
     return max(1, int((inside & (p >= s.min_p * p[0])).sum()))
