@@ -1,5 +1,5 @@
 // The Python face of the kernels. Tensors come as addresses: converting one through DLPack takes longer than the
-// product of a small layer. kernels/cpu.py checks shapes, types and contiguity before it calls.
+// product of a small layer. kernels/cpu.py and _cpu_ops.py check shapes, types and contiguity before they call.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewbit.kernels.cpu import CpuOps
+from fewbit.kernels._cpu_ops import CpuOps
 from fewbit.kernels.ops import Batch, Ops
 
 DEFINITION = Ops()

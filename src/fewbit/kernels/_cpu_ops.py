@@ -1,4 +1,4 @@
-"""The operations around the products in native code."""
+"""The operations around the products in native code, one by one or a whole stack of layers in one call."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ class LanguageModel:
                         "Finish an answer before asking for the next, or load the model twice.",
                     )
                 logits = self.forward([(sequence, list(ids[i : i + PREFILL_CHUNK]))])
-        if not math.isfinite(float(logits.max())):
+        if not math.isfinite(logits.numpy().max()):
             broken = int((~torch.isfinite(logits)).sum())
             raise FewbitError(
                 "The model's output is not a number.",

@@ -18,6 +18,7 @@ from fewbit.layers import Linear
 from fewbit.memory import PeakMemory
 from fewbit.runtime.cache import Sequence
 from fewbit.runtime.engine import PREFILL_CHUNK, LanguageModel, load
+from fewbit.runtime.sampler import greedy
 
 Progress = Callable[[int, int, str], None]
 
@@ -149,7 +150,7 @@ def time_once(model: LanguageModel, prompt: int, new: int) -> tuple[float, float
         logits = model.prefill(sequence, ids)
         middle = time.perf_counter()
         for _ in range(new):
-            logits = model.forward([(sequence, [int(logits.argmax())])])[0]
+            logits = model.forward([(sequence, [greedy(logits)])])[0]
         return middle - start, time.perf_counter() - middle
     finally:
         model.allocator.truncate(sequence, 0)
