@@ -28,7 +28,7 @@ from fewbit.tokenizer import TextStream, Tokenizer
 Progress = Callable[[int, int, str], None]
 DEFAULT_CONTEXT = 8192
 # tokens of a prompt that run at once: bounds the activations' memory
-PREFILL_CHUNK = 512
+PREFILL_CHUNK = 256
 # sequences with the new tokens of each
 Steps = Sequence[tuple[CachedSequence, Sequence[int]]]
 
