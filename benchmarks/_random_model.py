@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -21,7 +22,9 @@ SHARDS = 4
 
 
 def write_random(folder: Path) -> int:
-    """A checkpoint of random weights; returns how many there are."""
+    """A checkpoint of random weights; returns how many there are. The folder is whole or not there."""
+    whole, folder = folder, folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -40,4 +43,5 @@ def write_random(folder: Path) -> int:
                 count += torch.Size(w.shape).numel()
         table |= dict.fromkeys((w.name for w in members), file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    folder.rename(whole)
     return count

@@ -149,6 +149,7 @@ void bind_layers(nb::module_ &m) {
             "add",
             [](Stack &self, Address attention_norm, Address mlp_norm, float eps, const Matrix *qkv, const Matrix *o,
                const Matrix *gate_up, const Matrix *down, int64_t heads, int64_t kv_heads, int64_t width) {
+                for (const Matrix *m : {qkv, o, gate_up, down}) m->expect_memory();
                 self.add({at<const float>(attention_norm), at<const float>(mlp_norm), eps, qkv, o, gate_up, down,
                           heads, kv_heads, width, {}});
             },

@@ -184,7 +184,7 @@ struct AttendShape {
 };
 
 AttendShape random_shape(Random &random) {
-    AttendShape s{random.whole(1, 4), random.whole(1, 3), random.whole(1, 4), 16 * random.whole(1, 8),
+    AttendShape s{random.whole(1, 4), random.whole(1, 3), random.whole(1, 7), 16 * random.whole(1, 8),
                   random.one_of<int64_t>({1, 7, 32, 256, 1000}), random.whole(0, 1) == 1, {}, {}};
     for (int64_t i = 0; i < s.count; ++i) {
         s.fresh.push_back(random.one_of<int64_t>({0, 1, 1, 1, 2, 5, fewbit::kMaxFresh}));

@@ -89,8 +89,13 @@ class PreparedLayouts:
         if not self._open:
             return
         used = [b.layout if isinstance(b, KeepingBackend) else b.name for b in backends]
-        self._purpose = {"version": __version__, "backends": used, **_source(model)}
         self.file = store.prepared_dir() / _file_name(model)
+        try:
+            self._purpose = {"version": __version__, "backends": used, **_source(model)}
+        except OSError as error:
+            self.note = f"The prepared layout of this model is not kept: {error}."
+            self._open = False
+            return
         try:
             self._found = self._read()
             self._open = False
@@ -159,7 +164,8 @@ class PreparedLayouts:
                     )
                     self.close()
                     return None
-                self._draft = _Draft(self.file.parent, MOST_GROWTH * self._weight_bytes + MOST_PADDING)
+                most = min(MOST_GROWTH * self._weight_bytes, limit) + MOST_PADDING
+                self._draft = _Draft(self.file.parent, most)
             return self._draft.reserve(count)
         except (OSError, ValueError) as error:
             self._fail(error)
@@ -190,7 +196,10 @@ class PreparedLayouts:
             header, end = _read_header(opened)
             if header.get("purpose") != self._purpose:
                 raise _UselessError("made for something else", damaged=False)
-            memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            except ValueError as error:
+                raise _UselessError("it became empty") from error
         if len(memory) < end:
             raise _UselessError("it became shorter")
         _wish_for_huge_pages(memory)

@@ -65,3 +65,13 @@ def test_the_largest_cache_is_found(tmp_path, sizes):
         folder.mkdir(parents=True)
         (folder / "size").write_text(size + "\n")
     assert last_cache(tmp_path) == 32 << 20
+
+
+def test_the_last_caches_of_all_dies_count(tmp_path):
+    # four CPUs on two dies
+    for cpu, shared in enumerate(["0-1", "0-1", "2-3", "2-3"]):
+        folder = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/cache/index3"
+        folder.mkdir(parents=True)
+        (folder / "size").write_text("16384K\n")
+        (folder / "shared_cpu_list").write_text(f"{shared}\n")
+    assert last_cache(tmp_path) == 32 << 20

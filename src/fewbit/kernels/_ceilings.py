@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +43,8 @@ class Ceilings:
     def __init__(self, cpu: Cpu, size: int | None = None) -> None:
         self.cpu = cpu
         self._memory = mmap.mmap(-1, size or max(LEAST_BYTES, CACHES * last_cache()))
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            # weights lie on huge pages too where the system has them
+        # weights lie on huge pages too where the system has them
+        with suppress(OSError, AttributeError):
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._buffer = torch.frombuffer(self._memory, dtype=torch.uint8).fill_(1)
         self._codes = torch.ones(64, dtype=torch.uint8)
@@ -75,17 +76,27 @@ def ceilings(size: int | None = None) -> Ceilings | None:
 
 
 def last_cache(root: Path = _SYSTEM) -> int:
-    """Bytes of the largest cache of the first CPU, 0 where the system does not say."""
-    found = 0
-    for file in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        try:
-            text = file.read_text(encoding="utf-8").strip()
-        except OSError:
-            continue
-        digits, unit = text[:-1], text[-1:]
-        if digits.isdigit() and unit in ("K", "M"):
-            found = max(found, int(digits) << (10 if unit == "K" else 20))
-    return found
+    """Bytes of all last-level caches together, 0 where the system does not say.
+
+    A CPU of several dies has one for each, and every thread would else read from its own.
+    """
+    found: dict[str, int] = {}
+    for cpu in (root / "sys/devices/system/cpu").glob("cpu[0-9]*"):
+        sizes = [(_cache_bytes(file), file) for file in cpu.glob("cache/index*/size")]
+        if sizes:
+            size, file = max(sizes)
+            shared = file.with_name("shared_cpu_list")
+            found[shared.read_text(encoding="utf-8") if shared.exists() else ""] = size
+    return sum(found.values())
+
+
+def _cache_bytes(file: Path) -> int:
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except OSError:
+        return 0
+    digits, unit = text[:-1], text[-1:]
+    return int(digits) << (10 if unit == "K" else 20) if digits.isdigit() and unit in ("K", "M") else 0
 
 
 def _seconds(call: Callable[[], object]) -> float:

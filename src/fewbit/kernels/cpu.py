@@ -154,7 +154,7 @@ class Cpu(KeepingBackend):
         matrix = self.native.Matrix(columns)
         for block in description["blocks"]:
             matrix.add_block(*block)
-        if min(splits, default=0) < 1 or sum(splits) != matrix.row_count:
+        if any(type(s) is not int for s in splits) or min(splits, default=0) < 1 or sum(splits) != matrix.row_count:
             raise ValueError(f"matrices of {splits} rows do not stack to {matrix.row_count}")
         matrix.place(buffer, offset, count)
         return Packed((matrix.row_count, columns), splits, matrix, matrix.nbytes)
