@@ -103,11 +103,12 @@ def test_the_benchmarks_state_the_same_error(monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / "q.json").write_text((tmp_path / "q.json").read_text().replace("mean_kl_error", "other"))
     assert quality.Results(tmp_path / "q.npz").figures["int4g64/rtn"]["mean_kl_error"] == pytest.approx(truth)
     # one window that is lower by much, five that are not: clear token by token, not window by window
-    found.kl["a"] = np.zeros(6 * 255, np.float32)
-    found.kl["b"] = np.repeat(np.float32([1.0, 0.01, -0.01, 0.02, -0.02, 0.0]), 255)
-    assert found.kl["b"].mean() > 2 * found.kl["b"].std(ddof=1) / len(kl) ** 0.5
+    tokens = np.repeat(np.float32([1.0, 0.01, -0.01, 0.02, -0.02, 0.0]), 255)
+    assert tokens.mean() > 2 * tokens.std(ddof=1) / len(kl) ** 0.5
+    found.add("a", scores | {"kl": np.zeros_like(kl)}, {})
+    found.add("b", scores | {"kl": tokens}, {})
     assert not quality.is_lower(found, "a", "b")
-    found.kl["b"] = np.repeat(np.float32([1.0, 0.9, 1.1, 1.0, 0.8, 1.2]), 255)
+    found.add("b", scores | {"kl": np.repeat(np.float32([1.0, 0.9, 1.1, 1.0, 0.8, 1.2]), 255)}, {})
     assert quality.is_lower(found, "a", "b")
 
 
