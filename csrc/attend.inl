@@ -1,11 +1,13 @@
-// Paged attention of a few new tokens, on the vectors of ops.inl. A token's result depends on the rows it sees and on
-// nothing else of the batch.
+// Paged attention of some new tokens over a chunk of cached rows, on the vectors of ops.inl. A token's result depends on
+// the rows it sees and on nothing else of the batch.
 
 namespace fewbit {
 namespace {
 
 // Query heads that share a pass over the cached rows; more would not fit the registers.
 constexpr int kHeadsAtOnce = 4;
+// From so many new tokens on, the chunk's rows are widened to floats once and not once a token.
+constexpr int kCopyFrom = 3;
 
 inline Vec load_cached(const float *p) { return load_vec(p); }
 inline Vec load_cached(const uint16_t *p) { return Isa::load_half(p); }
@@ -100,9 +102,8 @@ inline void add_values(const Cached *values, const int64_t *rows, const float *w
 
 // H query heads of one new token, the first of them number `row` of the task's results, over `count` cached rows.
 template <class Cached, int H>
-void attend_heads(const AttendTask &a, const int64_t *rows, const float *q, int64_t row, int64_t count) {
-    const auto *keys = static_cast<const Cached *>(a.k_cache);
-    const auto *values = static_cast<const Cached *>(a.v_cache);
+void attend_heads(const AttendTask &a, const Cached *keys, const Cached *values, const int64_t *rows, const float *q,
+                  int64_t row, int64_t count) {
     float *scores = a.scores + row * kChunk;
     for (int64_t p = 0; p < count; p += kLanes) {
         const PerHead<H> found = dots<Cached, H, kLanes>(keys, rows + p, q, a.width);
@@ -140,22 +141,38 @@ inline void locate(const AttendTask &a, int64_t *rows) {
 }
 
 template <class Cached>
-void attend_rows(const AttendTask &a) {
-    int64_t rows[kChunk];
-    locate(a, rows);
+void attend_tokens(const AttendTask &a, const Cached *keys, const Cached *values, const int64_t *rows) {
     for (int i = 0; i < a.fresh; ++i) {
         const int64_t count = visible(a, i);
         for (int h = 0; h < a.group; h += kHeadsAtOnce) {
             const float *q = a.q + i * a.q_stride + h * a.width;
             const int64_t row = i * a.group + h;
             switch (a.group - h) {
-                case 1: attend_heads<Cached, 1>(a, rows, q, row, count); break;
-                case 2: attend_heads<Cached, 2>(a, rows, q, row, count); break;
-                case 3: attend_heads<Cached, 3>(a, rows, q, row, count); break;
-                default: attend_heads<Cached, kHeadsAtOnce>(a, rows, q, row, count);
+                case 1: attend_heads<Cached, 1>(a, keys, values, rows, q, row, count); break;
+                case 2: attend_heads<Cached, 2>(a, keys, values, rows, q, row, count); break;
+                case 3: attend_heads<Cached, 3>(a, keys, values, rows, q, row, count); break;
+                default: attend_heads<Cached, kHeadsAtOnce>(a, keys, values, rows, q, row, count);
             }
         }
     }
+}
+
+template <class Cached>
+void attend_rows(const AttendTask &a) {
+    int64_t rows[kChunk];
+    locate(a, rows);
+    const auto *keys = static_cast<const Cached *>(a.k_cache);
+    const auto *values = static_cast<const Cached *>(a.v_cache);
+    if (a.fresh < kCopyFrom) return attend_tokens(a, keys, values, rows);
+    float *k = a.copies, *v = a.copies + kChunk * a.width;
+    for (int64_t p = 0; p < a.end - a.begin || p % kLanes; ++p) {
+        for (int d = 0; d < a.width; d += kLanes) {
+            store_vec(k + p * a.width + d, load_cached(keys + rows[p] + d));
+            store_vec(v + p * a.width + d, load_cached(values + rows[p] + d));
+        }
+        rows[p] = p * a.width;
+    }
+    attend_tokens<float>(a, k, v, rows);
 }
 
 void attend(const AttendTask &a) { a.half ? attend_rows<uint16_t>(a) : attend_rows<float>(a); }

@@ -14,8 +14,7 @@ inline constexpr int kRows = 16;
 inline constexpr int kColumns = 32;
 // Tokens whose activations lie side by side and share one unpacking of the weights.
 inline constexpr int kTile = 8;
-// New tokens of a sequence that the paged attention takes; cached rows that one of its tasks reads.
-inline constexpr int kMaxFresh = 16;
+// Cached rows that one task of the paged attention reads.
 inline constexpr int kChunk = 256;
 
 enum class Scalar : int { f32 = 0, f16 = 1, bf16 = 2 };
@@ -67,6 +66,7 @@ struct AttendTask {
     int width;             // a multiple of 16
     float scale;
     float *scores;         // scratch [fresh * group][kChunk]
+    float *copies;         // scratch [2][kChunk][width]
     float *sums;           // out [fresh * group][width + 2]: weighted values, sum of weights, largest score
 };
 

@@ -121,8 +121,7 @@ void bind_ops(nb::module_ &m) {
             const fewbit::Cache cache{at<void>(keys), at<void>(values), half, cache_rows, kv_heads};
             const fewbit::Sequences s{at<const int64_t>(pages), at<const int64_t>(lengths), at<const int64_t>(starts),
                                       sequences, pages_per_sequence, page_size};
-            return static_cast<int>(
-                fewbit::attend_paged(at<const float>(q), cache, s, tokens, heads, width, scale, at<float>(out)));
+            return fewbit::attend_paged(at<const float>(q), cache, s, tokens, heads, width, scale, at<float>(out));
         },
         Unlocked());
 }
@@ -160,7 +159,7 @@ void bind_layers(nb::module_ &m) {
              })
         .def(
             "run",
-            [](const Stack &self, Address x, int64_t tokens, Address cos, Address sin, Address slots, Address pages,
+            [](const Stack &self, size_t first, size_t last, Address x, int64_t tokens, Address cos, Address sin, Address slots, Address pages,
                int64_t pages_per_sequence, int64_t page_size, Address lengths, Address starts, int64_t sequences,
                Address y) {
                 const fewbit::Step step{
@@ -170,7 +169,7 @@ void bind_layers(nb::module_ &m) {
                     at<const int64_t>(slots),
                     {at<const int64_t>(pages), at<const int64_t>(lengths), at<const int64_t>(starts), sequences,
                      pages_per_sequence, page_size}};
-                return static_cast<int>(self.run(at<const float>(x), step, at<float>(y)));
+                return self.run(first, last, at<const float>(x), step, at<float>(y));
             },
             Unlocked());
 }

@@ -41,14 +41,12 @@ struct Sequences {
     int64_t count, pages_per_sequence, page_size;
 };
 
-enum class Attended : int { done = 0, too_many_fresh = 1, out_of_range = 2 };
-
-// What attend_paged would say of a step, from every index that it follows.
-Attended check_places(const Sequences &sequences, int64_t tokens, int64_t cache_rows);
+// Whether every index that attend_paged follows lies in the step and in the cache.
+bool are_places(const Sequences &sequences, int64_t tokens, int64_t cache_rows);
 
 // Causal attention of q [tokens][heads][width], contiguous, over the paged cache -> y [tokens][heads * width].
-// Takes up to kMaxFresh new tokens a sequence and widths that are multiples of 16; checks every index it follows.
-Attended attend_paged(const float *q, const Cache &cache, const Sequences &sequences, int64_t tokens, int64_t heads,
-                      int64_t width, float scale, float *y);
+// Takes widths that are multiples of 16. False, with nothing written, where `are_places` says so.
+bool attend_paged(const float *q, const Cache &cache, const Sequences &sequences, int64_t tokens, int64_t heads,
+                  int64_t width, float scale, float *y);
 
 }  // namespace fewbit

@@ -15,6 +15,7 @@ constexpr int64_t kPassBytes = int64_t{8} << 20;
 constexpr int64_t kTaskBytes = int64_t{384} << 10;
 // From so many tiles on, a row block's codes are unpacked once and not once a tile.
 constexpr int64_t kUnpackTiles = 3;
+constexpr int64_t kLineBytes = 64;
 // Tasks for each thread, so that a thread which is held up does not hold up the rest; with many tokens a task is long
 // enough for more, and the last one to end leaves less to wait for.
 constexpr int64_t kTasksPerThread = 4, kLongTasksPerThread = 24;
@@ -118,10 +119,14 @@ struct RowBlocks {
         if (last_tile - first_tile == 1) return product(w, first_row, last_row, first_tile, last_tile, y);
         const bool unpacks = w.packed_bits < 8 && last_tile - first_tile >= kUnpackTiles;
         for (int64_t row = first_row; row < last_row; ++row) {
-            if (unpacks) {
-                product(unpacked(row), 0, 1, first_tile, last_tile, y + row * kRows);
-            } else {
+            if (!unpacks) {
                 product(w, row, row + 1, first_tile, last_tile, y);
+                continue;
+            }
+            const BlockView codes = unpacked(row);
+            for (int64_t i = first_tile; i < last_tile; ++i) {
+                if (row + 1 < last_row) fetch(row + 1, i - first_tile, last_tile - first_tile);
+                product(codes, 0, 1, i, i + 1, y + row * kRows);
             }
         }
     }
@@ -130,6 +135,16 @@ struct RowBlocks {
     void product(const BlockView &v, int64_t row, int64_t end, int64_t first_tile, int64_t last_tile, float *to) const {
         for (int64_t i = first_tile; i < last_tile; ++i) {
             k.product(v, tile(i), row, end, to + i * kTile * y_stride, y_stride);
+        }
+    }
+
+    // Part `part` of `parts` of a row block's codes to the caches, while another is multiplied: a row block is too short
+    // for the hardware to see far enough ahead.
+    void fetch(int64_t row, int64_t part, int64_t parts) const {
+        const int64_t lines = w.column_blocks * w.packed_bits;
+        const uint8_t *from = w.codes + row * lines * kLineBytes;
+        for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i) {
+            __builtin_prefetch(from + i * kLineBytes, 0, 2);
         }
     }
 

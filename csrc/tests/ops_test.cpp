@@ -187,7 +187,7 @@ AttendShape random_shape(Random &random) {
     AttendShape s{random.whole(1, 4), random.whole(1, 3), random.whole(1, 7), 16 * random.whole(1, 8),
                   random.one_of<int64_t>({1, 7, 32, 256, 1000}), random.whole(0, 1) == 1, {}, {}};
     for (int64_t i = 0; i < s.count; ++i) {
-        s.fresh.push_back(random.one_of<int64_t>({0, 1, 1, 1, 2, 5, fewbit::kMaxFresh}));
+        s.fresh.push_back(random.one_of<int64_t>({0, 1, 1, 1, 2, 5, 16, 17, 40}));
         s.lengths.push_back(s.fresh.back() + random.one_of<int64_t>({0, 1, 30, 239, 240, 255, 256, 257, 600}));
     }
     return s;
@@ -260,7 +260,7 @@ void check_attention(const AttendShape &s, Random &random) {
     const auto attend = [&] {
         return fewbit::attend_paged(q.data(), cache.view(), sequences, tokens, heads, s.width, scale, y.data());
     };
-    if (attend() != fewbit::Attended::done) fail("attention refused: " + s.words());
+    if (!attend()) fail("attention refused: " + s.words());
     for (int64_t i = 0; i < s.count; ++i) {
         for (int64_t t = starts[static_cast<size_t>(i)]; t < starts[static_cast<size_t>(i) + 1]; ++t) {
             const int64_t seen = s.lengths[static_cast<size_t>(i)] - (starts[static_cast<size_t>(i) + 1] - t) + 1;
@@ -273,7 +273,7 @@ void check_attention(const AttendShape &s, Random &random) {
     if (s.lengths[0] == 0) return;
     for (int64_t bad : {int64_t{-1}, int64_t{1} << 60}) {
         pages[0] = bad;
-        if (attend() != fewbit::Attended::out_of_range) fail("attention took a page that does not exist: " + s.words());
+        if (attend()) fail("attention took a page that does not exist: " + s.words());
     }
 }
 

@@ -107,7 +107,7 @@ def test_one_call_is_what_the_operations_are_to_the_bit(
 ) -> None:
     layers = make_layers(each_isa)
     mine, theirs = native_stack(each_isa, layers, dtype), filled(Stack(each_isa.ops, layers), dtype)
-    for tokens in range(1, 9):
+    for tokens in (*range(1, 9), 17, 70):
         for lengths, fresh in (([290], [tokens]), ([37, 300], [tokens // 3, tokens - tokens // 3])):
             batch, cos, sin = tables(lengths, fresh)
             x = hidden(tokens)

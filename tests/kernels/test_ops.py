@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -143,6 +145,8 @@ ATTENTION = [
     ([256, 257, 700], [1, 2, 16], 32),
     ([513], [2], 1000),
     ([300, 9], [0, 9], 1),
+    ([40, 290], [40, 33], 8),
+    ([530], [530], 50),
 ]
 
 
@@ -170,6 +174,39 @@ def test_attention_on_the_paged_cache(each_isa, lengths, fresh, page_size, dtype
         assert torch.equal(ops.attend(q, k_cache, v_cache, batch, 0.2), mine)
 
 
+@pytest.mark.usefixtures("no_fallback", "nan_outputs")
+@pytest.mark.parametrize("dtype", CACHES)
+def test_a_prompt_attends_the_same_whole_and_in_any_pieces(each_isa, random, dtype):
+    rows, n, page = 900, 300, 16
+    k_cache, v_cache = (random(rows, 2, 32, seed=s).to(dtype) for s in (1, 2))
+    q, pages = random(n, 6, 32, seed=3), torch.randperm(56, generator=torch.Generator().manual_seed(4))[None]
+
+    def attended(first: int, last: int) -> Tensor:
+        starts = torch.tensor([0, last - first])
+        batch = Batch(torch.empty(0, dtype=torch.int64), pages, torch.tensor([last]), starts, page)
+        return each_isa.ops.attend(q[first:last].contiguous(), k_cache, v_cache, batch, 0.1)
+
+    whole = attended(0, n)
+    for step in (1, 3, 17, 128):
+        pieces = [attended(i, min(n, i + step)) for i in range(0, n, step)]
+        assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_attention_of_a_prompt_needs_no_memory_that_grows_with_it(native):
+    """4000 new tokens: the results of all chunks at once would be some 70 MB."""
+    from fewbit.memory import PeakMemory
+
+    rows = 4096
+    cache = torch.zeros(rows, 2, 32, dtype=torch.float16)
+    batch = Batch(torch.empty(0, dtype=torch.int64), torch.tensor([[0]]), torch.tensor([4000]),
+                  torch.tensor([0, 4000]), rows)  # fmt: skip
+    q, few = torch.zeros(4000, 16, 32), torch.zeros(4000, 16 * 32)
+    native.ops.attend(q[:16].contiguous(), cache, cache, replace(batch, starts=torch.tensor([0, 16])), 0.1)
+    with PeakMemory() as memory:
+        native.ops.attend(q, cache, cache, batch, 0.1)
+    assert memory.peak < few.nbytes + (12 << 20)
+
+
 @pytest.mark.usefixtures("no_fallback")
 def test_one_token_attends_the_same_alone_and_in_a_batch(native, random):
     k_cache, v_cache = random(600, 2, 32, seed=1), random(600, 2, 32, seed=2)
@@ -190,7 +227,7 @@ def test_what_the_native_code_does_not_take_goes_to_the_definition(native, rando
     with pytest.raises(ValueError, match="unknown gated"):
         ops.gated(x, "relu")
     batch = batch_of([40], [20], 8, 64)
-    for width, dtype in ((32, torch.float32), (20, torch.float32), (32, torch.bfloat16)):
+    for width, dtype in ((20, torch.float32), (32, torch.bfloat16)):
         q, cache = random(20, 4, width), random(64, 2, width).to(dtype)
         expected = DEFINITION.attend(q, cache, cache, batch, 0.1)
         assert torch.equal(ops.attend(q, cache, cache, batch, 0.1), expected)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fewbit.kernels.ops import Batch, Layer, Ops, Product, Stack
 
-# what _cpu.attend and _cpu.Stack.run answer; the third, 1, is more new tokens of a sequence than they take
-DONE, OUT_OF_RANGE = 0, 2
+# a step of more tokens is a native call for each layer, between which Python looks for signals (Ctrl-C)
+MOST_TOKENS_AT_ONCE = 16
 
 
 def _is_rows(t: Tensor, columns: int) -> bool:
@@ -112,7 +112,7 @@ class CpuOps(Ops):
         return out
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
-        """q [T, H, D] -> [T, H * D]; a few new tokens a sequence here, long prompts by the definition."""
+        """q [T, H, D] -> [T, H * D]; IndexError where the batch leaves the cache."""
         tokens, heads, width = q.shape
         kv = k_cache.shape[1]
         taken = (
@@ -127,7 +127,7 @@ class CpuOps(Ops):
         if not taken:
             return super().attend(q, k_cache, v_cache, batch, scale)
         out = torch.empty(tokens, heads * width)
-        answer = self.native.attend(
+        attended = self.native.attend(
             q.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
@@ -146,18 +146,18 @@ class CpuOps(Ops):
             scale,
             out.data_ptr(),
         )
-        if answer == OUT_OF_RANGE:
+        if not attended:
             raise _batch_out_of_range(batch, k_cache.shape[0])
-        return out if answer == DONE else super().attend(q, k_cache, v_cache, batch, scale)
+        return out
 
     def stack(self, layers: Sequence[Layer]) -> Stack:
-        """A step of few tokens is one native call where the native code takes every part of every layer."""
+        """A step is native as a whole where the native code takes every part of every layer."""
         taken = layers and all(_takes(self.native, layer, layers[0].attention_norm.shape[0]) for layer in layers)
         return NativeStack(self, layers) if taken else super().stack(layers)
 
 
 class NativeStack(Stack):
-    """Layers that native code runs in one call; more new tokens than its attention takes go layer by layer."""
+    """Layers that native code runs: all in one call, or with the many tokens of a prompt one by one."""
 
     def __init__(self, ops: CpuOps, layers: Sequence[Layer]) -> None:
         self.native: Any = ops.native.Stack()
@@ -193,10 +193,21 @@ class NativeStack(Stack):
         )
         if not taken:
             return self._one_by_one(x, cos, sin, batch)
+        count = len(self.layers)
+        if tokens <= MOST_TOKENS_AT_ONCE:
+            return self._run(0, count, x, cos, sin, batch)
+        for i in range(count):
+            x = self._run(i, i + 1, x, cos, sin, batch)
+        return x
+
+    def _run(self, first: int, last: int, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        """The layers from `first` to before `last`."""
         y = torch.empty_like(x)
-        answer = self.native.run(
+        done = self.native.run(
+            first,
+            last,
             x.data_ptr(),
-            tokens,
+            x.shape[0],
             cos.data_ptr(),
             sin.data_ptr(),
             batch.slots.data_ptr(),
@@ -208,11 +219,11 @@ class NativeStack(Stack):
             len(batch.pages),
             y.data_ptr(),
         )
-        if answer == OUT_OF_RANGE:
+        if not done:
             rows = self.caches[0][0].shape[0]
             inside = ((batch.slots >= 0) & (batch.slots < rows)).all()
             raise _batch_out_of_range(batch, rows) if inside else _slots_out_of_range(batch.slots, rows)
-        return y if answer == DONE else self._one_by_one(x, cos, sin, batch)
+        return y
 
     def _one_by_one(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         return super().__call__(x, cos, sin, batch)
