@@ -10,6 +10,10 @@
 namespace fewbit {
 namespace {
 
+// Codes are fetched so many bytes before they are needed. The hardware sees the stream of codes too, but not far enough
+// ahead beside the activations of several tokens.
+constexpr int kAhead = 4096;
+
 template <int Bits, int Packed, int T, int Pair>
 inline void add_pairs(const uint8_t *block, int part, const int8_t *x, typename Isa::Sum (&acc)[T]) {
     if constexpr (Pair < kQuads / 2) {
@@ -43,6 +47,7 @@ void product_rows(const BlockView &w, const TileView &x, int64_t row_block, int 
             typename Isa::Sum acc[T];
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) acc[t] = Isa::template begin<Bits>(start[t]);
+            for (int i = 0; i < Packed; ++i) __builtin_prefetch(codes + kAhead + i * kLine);
             add_pairs<Bits, Packed, T, 0>(codes, part, xq, acc);
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) {
