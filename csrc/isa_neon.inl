@@ -25,6 +25,11 @@ struct Isa {
         if (type == Scalar::f16) return vcvt_f32_f16(vreinterpret_f16_u16(h));
         return vreinterpretq_f32_u32(vshll_n_u16(h, 16));
     }
+    static Floats load_bytes(const uint8_t *p) {
+        const float found[4] = {static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+                                static_cast<float>(p[3])};
+        return vld1q_f32(found);
+    }
     static Floats multiply_add(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
 
     static Line load_line(const uint8_t *p) { return vld1q_u8(p); }

@@ -36,6 +36,11 @@ struct Isa {
         for (int i = 0; i < lanes; ++i) r.v[i] = load_scalar(base, first + i, type);
         return r;
     }
+    static Floats load_bytes(const uint8_t *p) {
+        Floats r;
+        for (int i = 0; i < lanes; ++i) r.v[i] = p[i];
+        return r;
+    }
     static Floats multiply_add(const Floats &a, const Floats &b, const Floats &c) {
         Floats r;
         for (int i = 0; i < lanes; ++i) r.v[i] = a.v[i] * b.v[i] + c.v[i];

@@ -19,16 +19,19 @@ inline constexpr int kChunk = 256;
 
 enum class Scalar : int { f32 = 0, f16 = 1, bf16 = 2 };
 
+// What a group adds to scale * code: nothing, a number of its own, or -scale * zero with a byte for its zero point.
+enum class Offsets : int { none = 0, f32 = 1, f16 = 2, zeros = 3 };
+
 // Rows that share code width, span, scale type and kind of zero. Layouts, with B = ceil(columns / 32):
 //   codes    [row_blocks][B][64 * packed_bits]: quad q (columns 4q..4q+3) of row r lies at bytes 4r..4r+3 of a line of
 //            64 bytes. 8 bits: line q. Else a plane of the low 4 bits (2 below 4 bits), then one of the bits that are
 //            left: a plane of p bits has p lines, line i holds quads 8i/p .. 8(i+1)/p - 1, the first in the lowest bits
 //   scales   [row_blocks][groups][16]
-//   offsets  [row_blocks][groups][16], null where `zero` is a constant
+//   offsets  [row_blocks][groups][16] of `offset_type`, null where `zero` is a constant
 struct BlockView {
     const uint8_t *codes;
     const void *scales;
-    const float *offsets;
+    const void *offsets;
     int64_t rows;
     int64_t columns;
     int64_t column_blocks;
@@ -37,6 +40,7 @@ struct BlockView {
     int code_bits;    // codes are below 2^code_bits
     int packed_bits;  // what a code takes: code_bits, or 8
     Scalar scale_type;
+    Offsets offset_type;
     int32_t zero;
 };
 

@@ -69,10 +69,10 @@ void bind_layouts(nb::module_ &m, nb::class_<Matrix> &matrix) {
             },
             "buffer"_a, "offset"_a, "count"_a)
         .def("blocks", [](const Matrix &self) {
-            std::vector<std::tuple<int64_t, int64_t, int, int, int32_t, bool>> found;
+            std::vector<std::tuple<int64_t, int64_t, int, int, int32_t, int>> found;
             for (const fewbit::Block &b : self.blocks()) {
                 found.emplace_back(b.view.rows, b.span, b.view.packed_bits, static_cast<int>(b.view.scale_type),
-                                   b.view.zero, b.has_offsets);
+                                   b.view.zero, static_cast<int>(b.view.offset_type));
             }
             return found;
         });
@@ -179,13 +179,13 @@ void bind_layers(nb::module_ &m) {
 NB_MODULE(_cpu, m) {
     nb::class_<Matrix> matrix(m, "Matrix");
     matrix.def(nb::init<int64_t>(), "columns"_a)
-        .def("add_block", &Matrix::add_block, "rows"_a, "span"_a, "code_bits"_a, "scale_type"_a, "zero"_a, "offsets"_a)
+        .def("add_block", &Matrix::add_block, "rows"_a, "span"_a, "code_bits"_a, "scale_type"_a, "zero"_a, "offset_type"_a)
         .def(
             "fill",
             [](Matrix &self, int64_t block, int64_t first, int64_t count, Address codes, Address scales,
                Address offsets) {
                 self.fill(block, first, count, at<const uint8_t>(codes), at<const void>(scales),
-                          at<const float>(offsets));
+                          at<const void>(offsets));
             },
             Unlocked())
         .def(

@@ -45,5 +45,14 @@ inline float load_scalar(const void *base, int64_t i, Scalar type) {
     return type == Scalar::f16 ? f16_to_float(h) : bf16_to_float(h);
 }
 
+inline int64_t offset_bytes(Offsets type) {
+    switch (type) {
+        case Offsets::none: return 0;
+        case Offsets::f32: return 4;
+        case Offsets::f16: return 2;
+        default: return 1;
+    }
+}
+
 }  // namespace
 }  // namespace fewbit

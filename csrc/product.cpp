@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "numbers.h"
 #include "pool.h"
 
 namespace fewbit {
@@ -158,7 +159,7 @@ struct RowBlocks {
         v.rows = std::min<int64_t>(kRows, w.rows - row * kRows);
         const int64_t scales = row * w.groups * kRows;
         v.scales = static_cast<const uint8_t *>(w.scales) + scales * (w.scale_type == Scalar::f32 ? 4 : 2);
-        if (w.offsets) v.offsets = w.offsets + scales;
+        if (w.offsets) v.offsets = static_cast<const uint8_t *>(w.offsets) + scales * offset_bytes(w.offset_type);
         return v;
     }
 };

@@ -14,7 +14,7 @@ struct BlockSpec {
     int64_t rows, span;
     int bits, scale_type;
     int32_t zero;
-    bool offsets;
+    int offset_type;
 };
 
 // Extremes: codes are 0 or the largest, so that a sum which can overflow does.
@@ -26,8 +26,8 @@ struct MatrixSpec {
     std::string words() const {
         std::string text = say("%lld columns", static_cast<long long>(columns));
         for (const BlockSpec &b : blocks) {
-            text += say(", [%lld rows, span %lld, %d bits, scales %d, zero %d%s]", static_cast<long long>(b.rows),
-                        static_cast<long long>(b.span), b.bits, b.scale_type, b.zero, b.offsets ? ", offsets" : "");
+            text += say(", [%lld rows, span %lld, %d bits, scales %d, zero %d, offsets %d]", static_cast<long long>(b.rows),
+                        static_cast<long long>(b.span), b.bits, b.scale_type, b.zero, b.offset_type);
         }
         return text;
     }
