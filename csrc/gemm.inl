@@ -10,9 +10,9 @@
 namespace fewbit {
 namespace {
 
-// Codes are fetched so many bytes before they are needed. The hardware sees the stream of codes too, but not far enough
-// ahead beside the activations of several tokens.
-constexpr int kAhead = 4096;
+// Codes are fetched to the second-level cache so many bytes before they are needed: the hardware sees their stream too,
+// but not far enough ahead beside the activations of several tokens.
+constexpr int kAhead = 8192;
 
 // The offsets of `lanes` rows' groups, from number `first` on, whose scales are `scale`.
 inline Isa::Floats offsets(const BlockView &w, int64_t first, Isa::Floats scale) {
@@ -59,7 +59,7 @@ void product_rows(const BlockView &w, const TileView &x, int64_t row_block, int 
             typename Isa::Sum acc[T];
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) acc[t] = Isa::template begin<Bits>(start[t]);
-            for (int i = 0; i < Packed; ++i) __builtin_prefetch(codes + kAhead + i * kLine);
+            for (int i = 0; i < Packed; ++i) __builtin_prefetch(codes + kAhead + i * kLine, 0, 2);
             add_pairs<Bits, Packed, T, 0>(codes, part, xq, acc);
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) {

@@ -12,8 +12,9 @@ namespace {
 
 // Quantized activations of one pass; more tokens than fit are taken in several passes over the weights.
 constexpr int64_t kPassBytes = int64_t{8} << 20;
-// Activations a task walks through for each of its row blocks: they stay in a core's second-level cache.
-constexpr int64_t kTaskBytes = int64_t{384} << 10;
+// Activations a task walks through for each of its row blocks. They stay in a core's second-level cache or near it; fewer
+// would be nearer, but the more tokens share a row block, the less its unpacking weighs.
+constexpr int64_t kTaskBytes = int64_t{1} << 20;
 // From so many tiles on, a row block's codes are unpacked once and not once a tile.
 constexpr int64_t kUnpackTiles = 3;
 constexpr int64_t kLineBytes = 64;
