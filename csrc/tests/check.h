@@ -89,6 +89,7 @@ std::string test_layers(int every);
 std::string test_mapped(int every);
 std::string test_checksum(int every);
 std::string test_threads(int every);
+std::string test_switches(int every);
 std::string test_fork(int every);
 
 }  // namespace test

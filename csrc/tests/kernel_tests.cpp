@@ -57,7 +57,8 @@ void run_all(const std::string &name, const Options &options) {
                  {"long rows", test::test_long_rows}, {"ops", test::test_ops},
                  {"attention", test::test_attention}, {"layers", test::test_layers},
                  {"mapped", test::test_mapped}, {"checksum", test::test_checksum},
-                 {"threads", test::test_threads}, {"fork", test::test_fork}};
+                 {"threads", test::test_threads}, {"switches", test::test_switches},
+                 {"fork", test::test_fork}};
     for (const auto &t : tests) {
         if (!options.fork && t.run == test::test_fork) continue;
         fewbit::set_threads(2);
