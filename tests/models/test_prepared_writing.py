@@ -44,15 +44,18 @@ def test_a_folder_that_can_not_be_written_is_told(model: Path) -> None:
 @pytest.mark.parametrize("granted", [0, 1, 3])
 def test_a_full_disk_is_told_and_nothing_is_left(model: Path, monkeypatch: pytest.MonkeyPatch, granted: int) -> None:
     right = without_cache(model)
-    left = granted
+    left, held, used = granted, -1, 0
     monkeypatch.setattr(prepared, "STEP", 1 << 16)
 
-    def allocate(*_: int) -> None:
-        nonlocal left
+    def allocate(file: int, offset: int, count: int) -> None:
+        nonlocal left, held, used
         left -= 1
         if left < 0:
+            # as file systems do: what there was is taken
+            real(file, offset, count // 2)
+            held, used = os.dup(file), offset
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(*_)
+        real(file, offset, count)
 
     real = os.posix_fallocate
     monkeypatch.setattr(os, "posix_fallocate", allocate)
@@ -61,6 +64,8 @@ def test_a_full_disk_is_told_and_nothing_is_left(model: Path, monkeypatch: pytes
     assert note
     assert "No space left" in note
     assert not files()
+    with os.fdopen(held) as unnamed:
+        assert os.fstat(unnamed.fileno()).st_size <= used
 
 
 def test_weights_that_outgrow_the_mapping_are_not_kept(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
