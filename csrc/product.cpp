@@ -50,13 +50,12 @@ struct Activations {
     int64_t tiles() const { return ceil_div(tokens, kTile); }
 };
 
-Activations quantize_tokens(Scratch &scratch, const float *x, int64_t tokens, int64_t columns) {
+Activations quantize_tokens(const KernelTable &k, Scratch &scratch, const float *x, int64_t tokens, int64_t columns) {
     const int64_t blocks = ceil_div(columns, kColumns);
     int8_t *codes = room(scratch.codes, tokens * blocks * kColumns);
     float *scale = room(scratch.scale, tokens * blocks);
     int32_t *sums = room(scratch.sums, tokens * blocks);
     const Activations a{codes, scale, sums, tokens, blocks};
-    const KernelTable &k = kernels();
     auto one_tile = [&](int64_t tile) {
         for (int t = 0; t < a.width(tile); ++t) {
             const int64_t at = tile * kTile * blocks;
@@ -73,8 +72,8 @@ Activations quantize_tokens(Scratch &scratch, const float *x, int64_t tokens, in
 }
 
 // What each integer sum starts from: codes stand for code - zero, and a kernel may multiply by code - bias.
-const int32_t *starts(Scratch &scratch, const Activations &a, const BlockView &w) {
-    const int32_t shift = (w.code_bits == 8 ? kernels().bias8 : 0) - w.zero;
+const int32_t *starts(const KernelTable &k, Scratch &scratch, const Activations &a, const BlockView &w) {
+    const int32_t shift = (w.code_bits == 8 ? k.bias8 : 0) - w.zero;
     int32_t *start = room(scratch.start, a.tokens * a.blocks);
     for (int64_t i = 0; i < a.tokens * a.blocks; ++i) start[i] = shift * a.sums[i];
     return start;
@@ -165,8 +164,9 @@ struct RowBlocks {
     }
 };
 
-void multiply_block(Scratch &scratch, const Activations &a, const BlockView &w, float *y, int64_t y_stride) {
-    const RowBlocks work{kernels(), w, a, starts(scratch, a, w), group_sums(scratch, a, w), y, y_stride};
+void multiply_block(const KernelTable &k, Scratch &scratch, const Activations &a, const BlockView &w, float *y,
+                    int64_t y_stride) {
+    const RowBlocks work{k, w, a, starts(k, scratch, a, w), group_sums(scratch, a, w), y, y_stride};
     const int64_t row_blocks = ceil_div(w.rows, kRows);
     const int64_t tile_bytes = kTile * a.blocks * kColumns;
     const int64_t most_tiles = std::clamp<int64_t>(kTaskBytes / tile_bytes, 1, a.tiles());
@@ -189,14 +189,16 @@ void multiply_block(Scratch &scratch, const Activations &a, const BlockView &w, 
 
 void multiply(const Matrix &matrix, const float *x, int64_t tokens, float *y) {
     thread_local Scratch scratch;
+    // read once: the sets round and start their sums in ways that do not mix
+    const KernelTable &k = kernels();
     const int64_t columns = matrix.column_count(), rows = matrix.row_count();
     const int64_t padded = ceil_div(columns, kColumns) * kColumns;
     const int64_t per_pass = std::max<int64_t>(8 * kTile, kPassBytes / padded / kTile * kTile);
     for (int64_t done = 0; done < tokens; done += per_pass) {
         const int64_t count = std::min(per_pass, tokens - done);
-        const Activations a = quantize_tokens(scratch, x + done * columns, count, columns);
+        const Activations a = quantize_tokens(k, scratch, x + done * columns, count, columns);
         for (const Block &block : matrix.blocks()) {
-            multiply_block(scratch, a, block.view, y + done * rows + block.first_row, rows);
+            multiply_block(k, scratch, a, block.view, y + done * rows + block.first_row, rows);
         }
     }
 }

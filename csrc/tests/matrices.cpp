@@ -108,12 +108,12 @@ std::vector<double> rounded(const std::vector<float> &x, int64_t tokens, int64_t
 
 }  // namespace
 
-Made make_matrix(const MatrixSpec &spec, Random &random) {
+Made make_matrix(const MatrixSpec &spec, Random &random, const std::function<void(fewbit::Matrix &)> &place) {
     Made made{spec, std::make_unique<fewbit::Matrix>(spec.columns), {}, {}, {}};
     for (const BlockSpec &b : spec.blocks) {
         made.matrix->add_block(b.rows, b.span, b.bits, b.scale_type, b.zero, b.offset_type);
     }
-    made.matrix->allocate();
+    place(*made.matrix);
     for (size_t i = 0; i < spec.blocks.size(); ++i) {
         fill_block(made, static_cast<int64_t>(i), spec.blocks[i], random);
     }

@@ -1,6 +1,7 @@
 // Random matrices beside what they mean.
 #pragma once
 
+#include <functional>
 #include <memory>
 
 #include "check.h"
@@ -43,7 +44,9 @@ struct Made {
     int64_t rows = 0;
 };
 
-Made make_matrix(const MatrixSpec &spec, Random &random);
+// `place` gives it memory, of its own unless told otherwise.
+Made make_matrix(const MatrixSpec &spec, Random &random,
+                 const std::function<void(fewbit::Matrix &)> &place = [](fewbit::Matrix &m) { m.allocate(); });
 
 // y [tokens][rows] and, for each, the sum of absolute products: a loop over the definition, in double.
 struct Expected {

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from fewbit.cli._parser import Parser, count
-from fewbit.cli._terminal import Column, megabytes, print_json, print_table, progress
+from fewbit.cli._terminal import Column, megabytes, note, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from fewbit.runtime.speed import Speed
@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         speed = measure_speed(
             args.model, prompt=args.prompt, new=args.tokens, threads=args.threads, repeat=args.rounds, progress=report
         )
+    if speed.prepared_note:
+        note(f"note: {speed.prepared_note}")
     if args.json:
         print_json(speed.to_dict())
         return 0

@@ -57,6 +57,8 @@ class Speed:
     backends: dict[str, int]
     # of the native kernels
     instruction_set: str | None
+    # why no prepared layout is kept, or what was wrong with the one that was
+    prepared_note: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -110,6 +112,7 @@ def measure_speed(
         threads=torch.get_num_threads(),
         backends=dict(Counter(linear.backend.name for linear in linears(loaded))),
         instruction_set=machine.cpu.isa if machine else None,
+        prepared_note=loaded.prepared_note,
         **_rates(loaded, prompt, new, runs, found),
     )
 
