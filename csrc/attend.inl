@@ -7,9 +7,6 @@ namespace {
 // Query heads that share a pass over the cached rows; more would not fit the registers.
 constexpr int kHeadsAtOnce = 4;
 
-inline Vec load_cached(const float *p) { return load_vec(p); }
-inline Vec load_cached(const uint16_t *p) { return Isa::load_half(p); }
-
 template <int... L>
 struct Lanes {};
 template <int N, int... L>
@@ -33,18 +30,18 @@ struct PerHead {
 };
 
 // Lane l: what has to be added up, over the lanes that equal l modulo N, to the product of q and cached row l mod N.
-template <class Cached, int H, int N>
-inline PerHead<H> dots(const Cached *keys, const int64_t *rows, const float *q, int width) {
+template <class Rows, int H, int N>
+inline PerHead<H> dots(const uint8_t *keys, const int64_t *rows, const float *q, int width) {
     if constexpr (N == 1) {
         PerHead<H> sums{};
         for (int d = 0; d < width; d += kLanes) {
-            const Vec k = load_cached(keys + rows[0] + d);
+            const Vec k = Rows::load(keys + rows[0], d);
             for (int h = 0; h < H; ++h) sums.v[h] += load_vec(q + h * width + d) * k;
         }
         return sums;
     } else {
-        PerHead<H> sums = dots<Cached, H, N / 2>(keys, rows, q, width);
-        const PerHead<H> others = dots<Cached, H, N / 2>(keys, rows + N / 2, q, width);
+        PerHead<H> sums = dots<Rows, H, N / 2>(keys, rows, q, width);
+        const PerHead<H> others = dots<Rows, H, N / 2>(keys, rows + N / 2, q, width);
         for (int h = 0; h < H; ++h) {
             sums.v[h] = fold<N / 2>(sums.v[h], others.v[h], typename CountLanes<kLanes>::Type());
         }
@@ -80,42 +77,58 @@ inline void weigh(float *score, int64_t count, float *out) {
     out[1] = largest;
 }
 
-// V vectors of the weighted values of H heads.
-template <class Cached, int H, int V>
-inline void add_values(const Cached *values, const int64_t *rows, const float *weights, int64_t count, float *out,
-                       int64_t out_stride) {
+// V vectors, from number d on, of the weighted values of H heads.
+template <class Rows, int H, int V>
+inline void add_values(const uint8_t *values, int64_t d, const int64_t *rows, const float *weights, int64_t count,
+                       float *out, int64_t out_stride) {
     Vec sums[H][V] = {};
     for (int64_t p = 0; p < count; ++p) {
         Vec value[V];
-        for (int j = 0; j < V; ++j) value[j] = load_cached(values + rows[p] + j * kLanes);
+        for (int j = 0; j < V; ++j) value[j] = Rows::load(values + rows[p], d + j * kLanes);
         for (int h = 0; h < H; ++h) {
             const Vec weight = splat_vec(weights[h * kChunk + p]);
             for (int j = 0; j < V; ++j) sums[h][j] += weight * value[j];
         }
     }
     for (int h = 0; h < H; ++h) {
-        for (int j = 0; j < V; ++j) store_vec(out + h * out_stride + j * kLanes, sums[h][j]);
+        for (int j = 0; j < V; ++j) store_vec(out + h * out_stride + d + j * kLanes, sums[h][j]);
     }
 }
 
+// The rows of a chunk: where they begin in the cache, and what their keys and values are to be multiplied by.
+struct Chunk {
+    int64_t rows[kChunk];
+    float key_scales[kChunk], value_scales[kChunk];
+};
+
 // H query heads of one new token, the first of them number `row` of the task's results, over `count` cached rows.
-template <class Cached, int H>
-void attend_heads(const AttendTask &a, const int64_t *rows, const float *q, int64_t row, int64_t count) {
-    const auto *keys = static_cast<const Cached *>(a.k_cache);
-    const auto *values = static_cast<const Cached *>(a.v_cache);
+template <class Rows, int H>
+void attend_heads(const AttendTask &a, const Chunk &chunk, const float *q, int64_t row, int64_t count) {
     float *scores = a.scores + row * kChunk;
     for (int64_t p = 0; p < count; p += kLanes) {
-        const PerHead<H> found = dots<Cached, H, kLanes>(keys, rows + p, q, a.width);
-        for (int h = 0; h < H; ++h) store_vec(scores + h * kChunk + p, found.v[h] * a.scale);
+        const PerHead<H> found = dots<Rows, H, kLanes>(a.k_cache, chunk.rows + p, q, a.width);
+        for (int h = 0; h < H; ++h) {
+            Vec score = found.v[h] * a.scale;
+            if constexpr (Rows::scaled) score *= load_vec(chunk.key_scales + p);
+            store_vec(scores + h * kChunk + p, score);
+        }
     }
     const int64_t entry = a.width + 2;
     float *out = a.sums + row * entry;
     for (int h = 0; h < H; ++h) weigh(scores + h * kChunk, count, out + h * entry + a.width);
+    if constexpr (Rows::scaled) {
+        for (int64_t p = 0; p < count; p += kLanes) {
+            const Vec scale = load_vec(chunk.value_scales + p);
+            for (int h = 0; h < H; ++h) {
+                store_vec(scores + h * kChunk + p, load_vec(scores + h * kChunk + p) * scale);
+            }
+        }
+    }
     int d = 0;
     for (; d + 4 * kLanes <= a.width; d += 4 * kLanes) {
-        add_values<Cached, H, 4>(values + d, rows, scores, count, out + d, entry);
+        add_values<Rows, H, 4>(a.v_cache, d, chunk.rows, scores, count, out, entry);
     }
-    for (; d < a.width; d += kLanes) add_values<Cached, H, 1>(values + d, rows, scores, count, out + d, entry);
+    for (; d < a.width; d += kLanes) add_values<Rows, H, 1>(a.v_cache, d, chunk.rows, scores, count, out, entry);
 }
 
 // Cached rows that new token i sees, counted from `begin`, at most the chunk.
@@ -125,40 +138,50 @@ inline int64_t visible(const AttendTask &a, int i) {
     return last > a.begin ? last - a.begin : 0;
 }
 
-// Where the chunk's rows begin in the cache, in elements; after the last one it stands for those to a whole vector.
-inline void locate(const AttendTask &a, int64_t *rows) {
+// The chunk's rows; after the last one it stands for those to a whole vector.
+template <class Rows>
+inline void locate(const AttendTask &a, Chunk &chunk) {
     int64_t page = a.begin / a.page_size, offset = a.begin % a.page_size;
     const int64_t count = a.end - a.begin;
     for (int64_t p = 0; p < count; ++p) {
-        rows[p] = (a.pages[page] * a.page_size + offset) * a.row_stride;
+        chunk.rows[p] = (a.pages[page] * a.page_size + offset) * a.row_bytes;
         if (++offset == a.page_size) {
             offset = 0;
             ++page;
         }
     }
-    for (int64_t p = count; p % kLanes; ++p) rows[p] = rows[count - 1];
+    int64_t all = count;
+    for (; all % kLanes; ++all) chunk.rows[all] = chunk.rows[count - 1];
+    if constexpr (Rows::scaled) {
+        for (int64_t p = 0; p < all; ++p) {
+            chunk.key_scales[p] = scale_of<Rows>(a.k_cache + chunk.rows[p], a.width);
+            chunk.value_scales[p] = scale_of<Rows>(a.v_cache + chunk.rows[p], a.width);
+        }
+    }
 }
 
-template <class Cached>
+template <class Rows>
 void attend_rows(const AttendTask &a) {
-    int64_t rows[kChunk];
-    locate(a, rows);
+    Chunk chunk;
+    locate<Rows>(a, chunk);
     for (int i = 0; i < a.fresh; ++i) {
         const int64_t count = visible(a, i);
         for (int h = 0; h < a.group; h += kHeadsAtOnce) {
             const float *q = a.q + i * a.q_stride + h * a.width;
             const int64_t row = i * a.group + h;
             switch (a.group - h) {
-                case 1: attend_heads<Cached, 1>(a, rows, q, row, count); break;
-                case 2: attend_heads<Cached, 2>(a, rows, q, row, count); break;
-                case 3: attend_heads<Cached, 3>(a, rows, q, row, count); break;
-                default: attend_heads<Cached, kHeadsAtOnce>(a, rows, q, row, count);
+                case 1: attend_heads<Rows, 1>(a, chunk, q, row, count); break;
+                case 2: attend_heads<Rows, 2>(a, chunk, q, row, count); break;
+                case 3: attend_heads<Rows, 3>(a, chunk, q, row, count); break;
+                default: attend_heads<Rows, kHeadsAtOnce>(a, chunk, q, row, count);
             }
         }
     }
 }
 
-void attend(const AttendTask &a) { a.half ? attend_rows<uint16_t>(a) : attend_rows<float>(a); }
+void attend(const AttendTask &a) {
+    with_rows(a.type, [&](auto rows) { attend_rows<decltype(rows)>(a); });
+}
 
 }  // namespace
 }  // namespace fewbit
