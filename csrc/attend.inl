@@ -30,18 +30,19 @@ struct PerHead {
 };
 
 // Lane l: what has to be added up, over the lanes that equal l modulo N, to the product of q and cached row l mod N.
-template <class Rows, int H, int N>
+template <class Row, int H, int N>
 inline PerHead<H> dots(const uint8_t *keys, const int64_t *rows, const float *q, int width) {
     if constexpr (N == 1) {
         PerHead<H> sums{};
+        const Row row(keys + rows[0], width);
         for (int d = 0; d < width; d += kLanes) {
-            const Vec k = Rows::load(keys + rows[0], d);
+            const Vec k = row.load(d);
             for (int h = 0; h < H; ++h) sums.v[h] += load_vec(q + h * width + d) * k;
         }
         return sums;
     } else {
-        PerHead<H> sums = dots<Rows, H, N / 2>(keys, rows, q, width);
-        const PerHead<H> others = dots<Rows, H, N / 2>(keys, rows + N / 2, q, width);
+        PerHead<H> sums = dots<Row, H, N / 2>(keys, rows, q, width);
+        const PerHead<H> others = dots<Row, H, N / 2>(keys, rows + N / 2, q, width);
         for (int h = 0; h < H; ++h) {
             sums.v[h] = fold<N / 2>(sums.v[h], others.v[h], typename CountLanes<kLanes>::Type());
         }
@@ -78,57 +79,40 @@ inline void weigh(float *score, int64_t count, float *out) {
 }
 
 // V vectors, from number d on, of the weighted values of H heads.
-template <class Rows, int H, int V>
-inline void add_values(const uint8_t *values, int64_t d, const int64_t *rows, const float *weights, int64_t count,
-                       float *out, int64_t out_stride) {
+template <class Row, int H, int V>
+inline void add_values(const AttendTask &a, int d, const int64_t *rows, const float *weights, int64_t count,
+                       float *out) {
     Vec sums[H][V] = {};
     for (int64_t p = 0; p < count; ++p) {
+        const Row row(a.v_cache + rows[p], a.width);
         Vec value[V];
-        for (int j = 0; j < V; ++j) value[j] = Rows::load(values + rows[p], d + j * kLanes);
+        for (int j = 0; j < V; ++j) value[j] = row.load(d + j * kLanes);
         for (int h = 0; h < H; ++h) {
             const Vec weight = splat_vec(weights[h * kChunk + p]);
             for (int j = 0; j < V; ++j) sums[h][j] += weight * value[j];
         }
     }
     for (int h = 0; h < H; ++h) {
-        for (int j = 0; j < V; ++j) store_vec(out + h * out_stride + d + j * kLanes, sums[h][j]);
+        for (int j = 0; j < V; ++j) store_vec(out + h * (a.width + 2) + d + j * kLanes, sums[h][j]);
     }
 }
 
-// The rows of a chunk: where they begin in the cache, and what their keys and values are to be multiplied by.
-struct Chunk {
-    int64_t rows[kChunk];
-    float key_scales[kChunk], value_scales[kChunk];
-};
-
 // H query heads of one new token, the first of them number `row` of the task's results, over `count` cached rows.
-template <class Rows, int H>
-void attend_heads(const AttendTask &a, const Chunk &chunk, const float *q, int64_t row, int64_t count) {
+template <class Row, int H>
+void attend_heads(const AttendTask &a, const int64_t *rows, const float *q, int64_t row, int64_t count) {
     float *scores = a.scores + row * kChunk;
     for (int64_t p = 0; p < count; p += kLanes) {
-        const PerHead<H> found = dots<Rows, H, kLanes>(a.k_cache, chunk.rows + p, q, a.width);
-        for (int h = 0; h < H; ++h) {
-            Vec score = found.v[h] * a.scale;
-            if constexpr (Rows::scaled) score *= load_vec(chunk.key_scales + p);
-            store_vec(scores + h * kChunk + p, score);
-        }
+        const PerHead<H> found = dots<Row, H, kLanes>(a.k_cache, rows + p, q, a.width);
+        for (int h = 0; h < H; ++h) store_vec(scores + h * kChunk + p, found.v[h] * a.scale);
     }
     const int64_t entry = a.width + 2;
     float *out = a.sums + row * entry;
     for (int h = 0; h < H; ++h) weigh(scores + h * kChunk, count, out + h * entry + a.width);
-    if constexpr (Rows::scaled) {
-        for (int64_t p = 0; p < count; p += kLanes) {
-            const Vec scale = load_vec(chunk.value_scales + p);
-            for (int h = 0; h < H; ++h) {
-                store_vec(scores + h * kChunk + p, load_vec(scores + h * kChunk + p) * scale);
-            }
-        }
-    }
     int d = 0;
     for (; d + 4 * kLanes <= a.width; d += 4 * kLanes) {
-        add_values<Rows, H, 4>(a.v_cache, d, chunk.rows, scores, count, out, entry);
+        add_values<Row, H, 4>(a, d, rows, scores, count, out);
     }
-    for (; d < a.width; d += kLanes) add_values<Rows, H, 1>(a.v_cache, d, chunk.rows, scores, count, out, entry);
+    for (; d < a.width; d += kLanes) add_values<Row, H, 1>(a, d, rows, scores, count, out);
 }
 
 // Cached rows that new token i sees, counted from `begin`, at most the chunk.
@@ -138,49 +122,41 @@ inline int64_t visible(const AttendTask &a, int i) {
     return last > a.begin ? last - a.begin : 0;
 }
 
-// The chunk's rows; after the last one it stands for those to a whole vector.
-template <class Rows>
-inline void locate(const AttendTask &a, Chunk &chunk) {
+// Where the chunk's rows begin in the cache, in bytes; after the last one it stands for those to a whole vector.
+inline void locate(const AttendTask &a, int64_t *rows) {
     int64_t page = a.begin / a.page_size, offset = a.begin % a.page_size;
     const int64_t count = a.end - a.begin;
     for (int64_t p = 0; p < count; ++p) {
-        chunk.rows[p] = (a.pages[page] * a.page_size + offset) * a.row_bytes;
+        rows[p] = (a.pages[page] * a.page_size + offset) * a.row_bytes;
         if (++offset == a.page_size) {
             offset = 0;
             ++page;
         }
     }
-    int64_t all = count;
-    for (; all % kLanes; ++all) chunk.rows[all] = chunk.rows[count - 1];
-    if constexpr (Rows::scaled) {
-        for (int64_t p = 0; p < all; ++p) {
-            chunk.key_scales[p] = scale_of<Rows>(a.k_cache + chunk.rows[p], a.width);
-            chunk.value_scales[p] = scale_of<Rows>(a.v_cache + chunk.rows[p], a.width);
-        }
-    }
+    for (int64_t p = count; p % kLanes; ++p) rows[p] = rows[count - 1];
 }
 
-template <class Rows>
+template <class Row>
 void attend_rows(const AttendTask &a) {
-    Chunk chunk;
-    locate<Rows>(a, chunk);
+    int64_t rows[kChunk];
+    locate(a, rows);
     for (int i = 0; i < a.fresh; ++i) {
         const int64_t count = visible(a, i);
         for (int h = 0; h < a.group; h += kHeadsAtOnce) {
             const float *q = a.q + i * a.q_stride + h * a.width;
             const int64_t row = i * a.group + h;
             switch (a.group - h) {
-                case 1: attend_heads<Rows, 1>(a, chunk, q, row, count); break;
-                case 2: attend_heads<Rows, 2>(a, chunk, q, row, count); break;
-                case 3: attend_heads<Rows, 3>(a, chunk, q, row, count); break;
-                default: attend_heads<Rows, kHeadsAtOnce>(a, chunk, q, row, count);
+                case 1: attend_heads<Row, 1>(a, rows, q, row, count); break;
+                case 2: attend_heads<Row, 2>(a, rows, q, row, count); break;
+                case 3: attend_heads<Row, 3>(a, rows, q, row, count); break;
+                default: attend_heads<Row, kHeadsAtOnce>(a, rows, q, row, count);
             }
         }
     }
 }
 
 void attend(const AttendTask &a) {
-    with_rows(a.type, [&](auto rows) { attend_rows<decltype(rows)>(a); });
+    with_rows(a.type, [&]<class Row>() { attend_rows<Row>(a); });
 }
 
 }  // namespace
