@@ -82,12 +82,50 @@ void rotate(const float *x, const float *cos, const float *sin, float *y, int64_
     }
 }
 
+// Numbers a and b that are H apart become a + b and a - b.
+template <int H>
+void butterflies(float *x, int64_t width) {
+    for (int64_t i = 0; i < width; i += 2 * H) {
+        float sums[H], differences[H];
+        for (int j = 0; j < H; ++j) {
+            sums[j] = x[i + j] + x[i + H + j];
+            differences[j] = x[i + j] - x[i + H + j];
+        }
+        std::memcpy(x + i, sums, sizeof sums);
+        std::memcpy(x + i + H, differences, sizeof differences);
+    }
+}
+
+// Times a Hadamard matrix over its root, in blocks of the largest power of two in `width`, as `spread` in
+// kernels/ops.py does and with its bits.
+void spread(float *x, int64_t width) {
+    const int64_t block = width & -width;
+    if (block > 1) butterflies<1>(x, width);
+    if (block > 2) butterflies<2>(x, width);
+    if (block > 4) butterflies<4>(x, width);
+    if (block > 8) butterflies<8>(x, width);
+    if (block > 16) butterflies<16>(x, width);
+    if (block > 32) butterflies<32>(x, width);
+    if (block > 64) butterflies<64>(x, width);
+    for (int64_t h = 128; h < block; h *= 2) {
+        for (int64_t i = 0; i < width; ++i) {
+            if (i & h) continue;
+            const float a = x[i], b = x[i + h];
+            x[i] = a + b;
+            x[i + h] = a - b;
+        }
+    }
+    const float root = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
+    for (int64_t i = 0; i < width; ++i) x[i] *= root;
+}
+
 void append_token(const float *k, const float *v, const float *cos, const float *sin, const Cache &cache, int64_t slot,
                   int64_t width, float *scratch) {
     const int64_t bytes = head_bytes(cache.type, width);
     for (int64_t h = 0; h < cache.heads; ++h) {
         const int64_t at = (slot * cache.heads + h) * bytes;
         rotate(k + h * width, cos, sin, scratch, width);
+        if (cache.type == CacheType::int8) spread(scratch, width);
         store(cache.type, cache.keys + at, scratch, width);
         store(cache.type, cache.values + at, v + h * width, width);
     }
@@ -142,7 +180,9 @@ bool rotate_append(const Heads &q, const Heads &k, const Heads &v, const float *
     for_tokens(tokens, (q.heads + 2 * k.heads) * width, [&](int64_t t) {
         const float *c = cos + t * (width / 2), *s = sin + t * (width / 2);
         for (int64_t h = 0; h < q.heads; ++h) {
-            rotate(q.data + t * q.stride + h * width, c, s, q_out + (t * q.heads + h) * width, width);
+            float *head = q_out + (t * q.heads + h) * width;
+            rotate(q.data + t * q.stride + h * width, c, s, head, width);
+            if (cache.type == CacheType::int8) spread(head, width);
         }
         thread_local std::vector<float> scratch;
         if (static_cast<int64_t>(scratch.size()) < width) scratch.resize(static_cast<size_t>(width));

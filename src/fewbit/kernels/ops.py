@@ -94,10 +94,15 @@ class Ops:
     ) -> Tensor:
         """Rotate q [T, H, D] and k [T, KV, D] by cos, sin [T, D/2] (Su et al. 2021; halves, not pairs); write the
         rotated k and v [T, KV, D] to rows `slots` of the caches as `cached` says; return the rotated q [T, H, D].
+
+        For int8, keys are spread before they are rounded, and q with them: their products stay what they are.
         """
-        k_cache[slots] = cached(rotate(k, cos, sin), k_cache.dtype)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if k_cache.dtype is torch.int8:
+            q, k = spread(q), spread(k)
+        k_cache[slots] = cached(k, k_cache.dtype)
         v_cache[slots] = cached(v, v_cache.dtype)
-        return rotate(q, cos, sin)
+        return q
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
         """Causal grouped-query attention of q [T, H, D] over the cached rows of each token's sequence -> [T, H * D].
@@ -167,6 +172,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     c, s = cos[:, None], sin[:, None]
     return torch.cat((a * c - b * s, b * c + a * s), dim=-1)
+
+
+def spread(x: Tensor) -> Tensor:
+    """x [..., D] times a Hadamard matrix over its root, in blocks of the largest power of two in D: orthogonal, and a
+    channel far larger than the others is shared out among its block (Ashkboos et al. 2024, section 4).
+    """
+    width = x.shape[-1]
+    block, distance = width & -width, 1
+    while distance < block:
+        a, b = x.unflatten(-1, (-1, 2, distance)).unbind(-2)
+        x = torch.stack((a + b, a - b), dim=-2).flatten(-3)
+        distance *= 2
+    return x * block**-0.5
 
 
 def cached_width(width: int, dtype: torch.dtype) -> int:
