@@ -71,14 +71,10 @@ struct TestCache {
     // Number d of a head of a row.
     float key(int64_t row, int64_t head, int64_t d) const { return number(keys, row, head, d); }
     float value(int64_t row, int64_t head, int64_t d) const { return number(values, row, head, d); }
-    // A head of n numbers of int8 has the scale of its largest one.
-    double step(const std::vector<uint8_t> &v, int64_t row, int64_t head) const {
-        return type == CacheType::int8 ? static_cast<double>(scale(place(v, row, head))) : 0.0;
-    }
     // Random numbers.
     void fill(int64_t row, int64_t head, Random &random) {
         for (std::vector<uint8_t> *v : {&keys, &values}) {
-            uint8_t *to = v->data() + (place(*v, row, head) - v->data());
+            uint8_t *to = v->data() + place(row, head);
             if (type == CacheType::int8) {
                 for (int64_t d = 0; d < width; ++d) to[d] = static_cast<uint8_t>(random.whole(-127, 127));
                 const auto bits = static_cast<uint16_t>(random.whole(0x3c00, 0x3c7f));  // 2^-7 to 2^-6
@@ -95,16 +91,14 @@ struct TestCache {
     }
 
   private:
-    const uint8_t *place(const std::vector<uint8_t> &v, int64_t row, int64_t head) const {
-        return v.data() + (row * heads + head) * fewbit::head_bytes(type, width);
-    }
+    int64_t place(int64_t row, int64_t head) const { return (row * heads + head) * fewbit::head_bytes(type, width); }
     float scale(const uint8_t *at) const {
         uint16_t bits;
         std::memcpy(&bits, at + width, sizeof bits);
         return bfloat_value(bits);
     }
     float number(const std::vector<uint8_t> &v, int64_t row, int64_t head, int64_t d) const {
-        const uint8_t *at = place(v, row, head);
+        const uint8_t *at = v.data() + place(row, head);
         if (type == CacheType::int8) return static_cast<float>(static_cast<int8_t>(at[d])) * scale(at);
         uint16_t half;
         std::memcpy(&half, at + 2 * d, sizeof half);
@@ -125,6 +119,34 @@ Rotated rotated(const float *x, const float *cos, const float *sin, int64_t widt
     const double c = static_cast<double>(cos[pair]), s = static_cast<double>(sin[pair]);
     const double first = i < half ? a * c : b * c, second = i < half ? -b * s : a * s;
     return {first + second, std::fabs(first) + std::fabs(second)};
+}
+
+// All of a head rotated; for int8 also times a Hadamard matrix by its definition, in blocks of the largest power of two:
+// the sign is the parity of the bits that two indices share.
+std::vector<Rotated> turned(const float *x, const float *cos, const float *sin, int64_t width, CacheType type) {
+    std::vector<Rotated> plain, spread(static_cast<size_t>(width));
+    for (int64_t i = 0; i < width; ++i) plain.push_back(rotated(x, cos, sin, width, i));
+    if (type != CacheType::int8) return plain;
+    const int64_t block = width & -width;
+    for (int64_t i = 0; i < width; ++i) {
+        Rotated &sum = spread[static_cast<size_t>(i)];
+        for (int64_t j = i / block * block; j < (i / block + 1) * block; ++j) {
+            bool odd = false;
+            for (int64_t shared = i & j & (block - 1); shared; shared &= shared - 1) odd = !odd;
+            const Rotated &from = plain[static_cast<size_t>(j)];
+            const double root = std::sqrt(static_cast<double>(block));
+            sum.value += (odd ? -from.value : from.value) / root;
+            sum.absolute += from.absolute / root;
+        }
+    }
+    return spread;
+}
+
+// A cached head of int8 may be half a step off; its step is the largest magnitude / 127 but for bf16's rounding.
+double half_step(const std::vector<Rotated> &head, CacheType type) {
+    double largest = 0.0;
+    for (const Rotated &x : head) largest = std::max(largest, std::fabs(x.value));
+    return type == CacheType::int8 ? 0.502 * largest / 127.0 : 0.0;
 }
 
 void check_append(int64_t tokens, int64_t group, int64_t kv_heads, int64_t width, CacheType type, Random &random) {
@@ -148,21 +170,27 @@ void check_append(int64_t tokens, int64_t group, int64_t kv_heads, int64_t width
     const double steps = type == CacheType::f16 ? 0x1p-11 : 1e-6;
     for (int64_t t = 0; t < tokens; ++t) {
         const float *c = cos.data() + t * width / 2, *s = sin.data() + t * width / 2;
-        for (int64_t i = 0; i < heads * width; ++i) {
-            const Rotated e = rotated(q + t * stride + i / width * width, c, s, width, i % width);
-            const float got = out[static_cast<size_t>(t * heads * width + i)];
-            expect_near("rotate_append, q", width, i, got, e.value, 1e-6 * e.absolute);
+        for (int64_t h = 0; h < heads; ++h) {
+            const std::vector<Rotated> e = turned(q + t * stride + h * width, c, s, width, type);
+            for (int64_t d = 0; d < width; ++d) {
+                const float got = out[static_cast<size_t>((t * heads + h) * width + d)];
+                const Rotated &x = e[static_cast<size_t>(d)];
+                expect_near("rotate_append, q", width, h * width + d, got, x.value, 1e-6 * x.absolute);
+            }
         }
-        for (int64_t i = 0; i < kv_heads * width; ++i) {
-            const int64_t row = rows - 1 - t, head = i / width, d = i % width;
-            const Rotated ek = rotated(k + t * stride + i / width * width, c, s, width, i % width);
-            const double ev = static_cast<double>(v[t * stride + i]);
-            // of int8, half a step of what lies there
-            expect_near("rotate_append, k", width, i, cache.key(row, head, d), ek.value,
-                        steps * std::fabs(ek.value) + 1e-6 * ek.absolute + 0x1p-25 +
-                            0.5001 * cache.step(cache.keys, row, head));
-            expect_near("rotate_append, v", width, i, cache.value(row, head, d), ev,
-                        steps * std::fabs(ev) + 0x1p-25 + 0.5001 * cache.step(cache.values, row, head));
+        for (int64_t h = 0; h < kv_heads; ++h) {
+            const std::vector<Rotated> ek = turned(k + t * stride + h * width, c, s, width, type);
+            std::vector<Rotated> ev;
+            for (int64_t d = 0; d < width; ++d) ev.push_back({static_cast<double>(v[t * stride + h * width + d]), 0.0});
+            const double k_off = half_step(ek, type), v_off = half_step(ev, type);
+            for (int64_t d = 0; d < width; ++d) {
+                const Rotated &key = ek[static_cast<size_t>(d)], &value = ev[static_cast<size_t>(d)];
+                const double rounding = 1e-6 * key.absolute + 0x1p-25;
+                expect_near("rotate_append, k", width, h * width + d, cache.key(rows - 1 - t, h, d), key.value,
+                            steps * std::fabs(key.value) + rounding + k_off);
+                expect_near("rotate_append, v", width, h * width + d, cache.value(rows - 1 - t, h, d), value.value,
+                            steps * std::fabs(value.value) + 0x1p-25 + v_off);
+            }
         }
     }
     for (int64_t i = 0; i < 5 * kv_heads * fewbit::head_bytes(type, width); ++i) {
