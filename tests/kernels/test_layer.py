@@ -155,9 +155,7 @@ def test_a_prompt_in_pieces_is_the_whole_prompt_to_the_bit(
 
 @pytest.mark.usefixtures("no_layers")
 @pytest.mark.parametrize("dtype", CACHES[1:])
-def test_a_token_is_the_same_alone_and_among_others(
-    each_isa: Cpu, make_layers: MakeLayers, dtype: torch.dtype
-) -> None:
+def test_a_token_is_the_same_alone_and_among_others(each_isa: Cpu, make_layers: MakeLayers, dtype: torch.dtype) -> None:
     layers, x = make_layers(each_isa), hidden(11)
     together = native_stack(each_isa, layers, dtype)
     batch, cos, sin = tables([262, 41], [8, 3])

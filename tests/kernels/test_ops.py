@@ -58,7 +58,9 @@ def heads_of(qkv: Tensor, heads: int, kv: int, width: int) -> tuple[Tensor, Tens
 
 @pytest.mark.usefixtures("nan_outputs", "no_fallback")
 @pytest.mark.parametrize("dtype", CACHES)
-@pytest.mark.parametrize(("heads", "kv", "width"), [(9, 3, 64), (4, 4, 32), (2, 1, 6), (1, 1, 2), (2, 1, 80), (1, 1, 256)])
+@pytest.mark.parametrize(
+    ("heads", "kv", "width"), [(9, 3, 64), (4, 4, 32), (2, 1, 6), (1, 1, 2), (2, 1, 80), (1, 1, 256)]
+)
 def test_rotate_append(each_isa, random, dtype, heads, kv, width):
     ops = each_isa.ops
     for tokens in (1, 3, 70):

@@ -184,7 +184,8 @@ def spread(x: Tensor) -> Tensor:
         a, b = x.unflatten(-1, (-1, 2, distance)).unbind(-2)
         x = torch.stack((a + b, a - b), dim=-2).flatten(-3)
         distance *= 2
-    return x * block**-0.5
+    shared: Tensor = x * block**-0.5
+    return shared
 
 
 def cached_width(width: int, dtype: torch.dtype) -> int:

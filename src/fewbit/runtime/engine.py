@@ -304,7 +304,7 @@ def cache_dtype(exact: bool, cache: str | None) -> torch.dtype:
     if exact and cache is not None:
         raise FewbitError(
             "An exact run can't have another cache.",
-            f"Asked for {cache}; exact runs keep keys and values in float32, so that nothing but the weights is rounded.",
+            f"Asked for {cache}; exact runs keep keys and values in float32: only weights are rounded there.",
             "Drop one of the two.",
         )
     return torch.float32 if exact else CACHES[cache or "16bit"]
@@ -336,8 +336,8 @@ def load(
     exact    float32 activations and the reference kernels: the definition, slower
     context  most tokens of a conversation (default: the model's own limit, at most 8192)
     threads  CPU threads (default: the cores this process may use)
-    cache    keys and values in "16bit" (default), or in "int8": about half the memory and less to read at long contexts.
-             Exact runs keep them in float32 and refuse either.
+    cache    keys and values in "16bit" (default), or in "int8": about half the memory, and less to read at long
+             contexts. Exact runs keep them in float32 and refuse either.
     Raises FewbitError where the model is missing, broken, of an unknown architecture, the context impossible, or there
     is no such cache.
     """
