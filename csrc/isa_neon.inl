@@ -71,6 +71,11 @@ struct Isa {
     typedef int32_t IntVec __attribute__((vector_size(16)));
     static float add_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
     static Vec load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+    static Vec load_bytes(const int8_t *p) {
+        int32_t four;
+        memcpy(&four, p, sizeof four);
+        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+    }
 };
 
 }  // namespace

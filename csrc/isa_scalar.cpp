@@ -104,6 +104,10 @@ struct Isa {
     static Vec load_half(const uint16_t *p) {
         return Vec{f16_to_float(p[0]), f16_to_float(p[1]), f16_to_float(p[2]), f16_to_float(p[3])};
     }
+    static Vec load_bytes(const int8_t *p) {
+        return Vec{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+                   static_cast<float>(p[3])};
+    }
 };
 
 }  // namespace

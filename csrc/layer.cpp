@@ -68,9 +68,9 @@ void feed_forward(const Layer &l, int64_t tokens, Scratch &scratch, float *y) {
 
 }  // namespace
 
-void Stack::set_cache(size_t index, void *keys, void *values, bool half, int64_t rows) {
+void Stack::set_cache(size_t index, uint8_t *keys, uint8_t *values, CacheType type, int64_t rows) {
     Layer &l = layers_.at(index);
-    l.cache = {keys, values, half, rows, l.kv_heads};
+    l.cache = {keys, values, type, rows, l.kv_heads};
 }
 
 bool Stack::run(size_t first, size_t last, const float *x, const Step &step, float *y) const {

@@ -34,8 +34,8 @@ class Stack {
   public:
     void add(const Layer &layer) { layers_.push_back(layer); }
 
-    // Memory of layer `index` for keys and for values, [rows][kv_heads][width] of f16 or f32 each.
-    void set_cache(size_t index, void *keys, void *values, bool half, int64_t rows);
+    // Memory of layer `index` for keys and for values, [rows][kv_heads][head_bytes] each.
+    void set_cache(size_t index, uint8_t *keys, uint8_t *values, CacheType type, int64_t rows);
 
     // x [tokens][d] through the layers [first, last) to y [tokens][d]. False, with nothing written to y or to a cache,
     // where there are no such layers, or a slot, a page or a length leaves a cache.

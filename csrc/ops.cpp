@@ -31,9 +31,49 @@ void for_tokens(int64_t tokens, int64_t floats_per_token, F &&body) {
     });
 }
 
-void store(float *to, const float *from, int64_t n) { std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float)); }
-void store(uint16_t *to, const float *from, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) to[i] = float_to_f16(from[i]);
+// Magnitudes beyond it are held there, in f16 and int8 alike: an infinity would make all scores NaN.
+constexpr float kLargestCached = 65504.0f;
+// Added and taken off again, it rounds to whole numbers, ties to even.
+constexpr float kToWhole = 12582912.0f;
+
+// The largest magnitude of n numbers; of one that is NaN, NaN.
+float largest_magnitude(const float *x, int64_t n) {
+    int32_t largest = 0;
+    // as integers, magnitudes have the order of the floats, and NaN lies beyond infinity
+    for (int64_t i = 0; i < n; ++i) {
+        const int32_t bits = static_cast<int32_t>(to_bits(x[i]) & 0x7fffffffu);
+        largest = bits > largest ? bits : largest;
+    }
+    return from_bits(static_cast<uint32_t>(largest));
+}
+
+void store_bytes(uint8_t *to, const float *from, int64_t n) {
+    const float largest = largest_magnitude(from, n);
+    const uint16_t scale = float_to_bf16((largest > kLargestCached ? kLargestCached : largest) / 127.0f);
+    std::memcpy(to + n, &scale, sizeof scale);
+    const float step = bf16_to_float(scale);
+    // NaN is in the scale, so the codes of such a head do not matter
+    if (!(step > 0.0f)) {
+        std::memset(to, 0, static_cast<size_t>(n));
+        return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        float code = from[i] / step;
+        code = code > 127.0f ? 127.0f : code;
+        code = code < -127.0f ? -127.0f : code;
+        to[i] = static_cast<uint8_t>(static_cast<int32_t>((code + kToWhole) - kToWhole));
+    }
+}
+
+// A head of n numbers to the cache.
+void store(CacheType type, uint8_t *to, const float *from, int64_t n) {
+    if (type == CacheType::int8) return store_bytes(to, from, n);
+    if (type == CacheType::f32) {
+        std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
+        return;
+    }
+    auto *halves = reinterpret_cast<uint16_t *>(to);
+    for (int64_t i = 0; i < n; ++i) halves[i] = float_to_f16(from[i]);
 }
 
 void rotate(const float *x, const float *cos, const float *sin, float *y, int64_t width) {
@@ -45,13 +85,52 @@ void rotate(const float *x, const float *cos, const float *sin, float *y, int64_
     }
 }
 
-template <class Cached>
-void append_token(const float *k, const float *v, const float *cos, const float *sin, Cached *keys, Cached *values,
-                  int64_t heads, int64_t width, float *scratch) {
-    for (int64_t h = 0; h < heads; ++h) {
+// Numbers a and b that are H apart become a + b and a - b.
+template <int H>
+void butterflies(float *x, int64_t width) {
+    for (int64_t i = 0; i < width; i += 2 * H) {
+        float sums[H], differences[H];
+        for (int j = 0; j < H; ++j) {
+            sums[j] = x[i + j] + x[i + H + j];
+            differences[j] = x[i + j] - x[i + H + j];
+        }
+        std::memcpy(x + i, sums, sizeof sums);
+        std::memcpy(x + i + H, differences, sizeof differences);
+    }
+}
+
+// Times a Hadamard matrix over its root, in blocks of the largest power of two in `width`, as `spread` in
+// kernels/ops.py does and with its bits.
+void spread(float *x, int64_t width) {
+    const int64_t block = width & -width;
+    if (block > 1) butterflies<1>(x, width);
+    if (block > 2) butterflies<2>(x, width);
+    if (block > 4) butterflies<4>(x, width);
+    if (block > 8) butterflies<8>(x, width);
+    if (block > 16) butterflies<16>(x, width);
+    if (block > 32) butterflies<32>(x, width);
+    if (block > 64) butterflies<64>(x, width);
+    for (int64_t h = 128; h < block; h *= 2) {
+        for (int64_t i = 0; i < width; ++i) {
+            if (i & h) continue;
+            const float a = x[i], b = x[i + h];
+            x[i] = a + b;
+            x[i + h] = a - b;
+        }
+    }
+    const float root = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
+    for (int64_t i = 0; i < width; ++i) x[i] *= root;
+}
+
+void append_token(const float *k, const float *v, const float *cos, const float *sin, const Cache &cache, int64_t slot,
+                  int64_t width, float *scratch) {
+    const int64_t bytes = head_bytes(cache.type, width);
+    for (int64_t h = 0; h < cache.heads; ++h) {
+        const int64_t at = (slot * cache.heads + h) * bytes;
         rotate(k + h * width, cos, sin, scratch, width);
-        store(keys + h * width, scratch, width);
-        store(values + h * width, v + h * width, width);
+        if (cache.type == CacheType::int8) spread(scratch, width);
+        store(cache.type, cache.keys + at, scratch, width);
+        store(cache.type, cache.values + at, v + h * width, width);
     }
 }
 
@@ -111,19 +190,13 @@ bool rotate_append(const Heads &q, const Heads &k, const Heads &v, const float *
     for_tokens(tokens, (q.heads + 2 * k.heads) * width, [&](int64_t t) {
         const float *c = cos + t * (width / 2), *s = sin + t * (width / 2);
         for (int64_t h = 0; h < q.heads; ++h) {
-            rotate(q.data + t * q.stride + h * width, c, s, q_out + (t * q.heads + h) * width, width);
+            float *head = q_out + (t * q.heads + h) * width;
+            rotate(q.data + t * q.stride + h * width, c, s, head, width);
+            if (cache.type == CacheType::int8) spread(head, width);
         }
         thread_local std::vector<float> scratch;
         if (static_cast<int64_t>(scratch.size()) < width) scratch.resize(static_cast<size_t>(width));
-        const int64_t at = slots[t] * cache.heads * width;
-        const float *kt = k.data + t * k.stride, *vt = v.data + t * v.stride;
-        if (cache.half) {
-            append_token(kt, vt, c, s, static_cast<uint16_t *>(cache.keys) + at,
-                         static_cast<uint16_t *>(cache.values) + at, k.heads, width, scratch.data());
-        } else {
-            append_token(kt, vt, c, s, static_cast<float *>(cache.keys) + at, static_cast<float *>(cache.values) + at,
-                         k.heads, width, scratch.data());
-        }
+        append_token(k.data + t * k.stride, v.data + t * v.stride, c, s, cache, slots[t], width, scratch.data());
     });
     return true;
 }
@@ -212,14 +285,14 @@ class Attention {
         thread_local std::vector<float> scores, copies;
         grow(scores, rows(span) * kChunk);
         grow(copies, 2 * kChunk * width_);
-        const int64_t element = cache_.half ? 2 : 4;
+        const int64_t bytes = head_bytes(cache_.type, width_);
         AttendTask task{};
         task.q = q_ + (span.first * heads_ + w.head * group_) * width_;
         task.q_stride = heads_ * width_;
-        task.k_cache = static_cast<const uint8_t *>(cache_.keys) + w.head * width_ * element;
-        task.v_cache = static_cast<const uint8_t *>(cache_.values) + w.head * width_ * element;
-        task.half = cache_.half;
-        task.row_stride = cache_.heads * width_;
+        task.k_cache = cache_.keys + w.head * bytes;
+        task.v_cache = cache_.values + w.head * bytes;
+        task.type = cache_.type;
+        task.row_bytes = cache_.heads * bytes;
         task.pages = s_.pages + span.sequence * s_.pages_per_sequence;
         task.page_size = s_.page_size;
         task.begin = w.begin;

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace fewbit {
 
 // y [tokens][n] = x / root of mean square * weight
@@ -18,16 +20,19 @@ struct Heads {
     int64_t heads;
 };
 
+// Keys and values [rows][heads][head_bytes] each.
 struct Cache {
-    void *keys;
-    void *values;
-    bool half;
+    uint8_t *keys;
+    uint8_t *values;
+    CacheType type;
     int64_t rows;
     int64_t heads;
 };
 
 // Rotates q and k (halves) by cos, sin [tokens][width / 2]; q to q_out [tokens][heads][width], k and v to the caches'
 // rows `slots`. False, with nothing written, where a slot is out of range.
+// int8: keys, and q with them, are multiplied by a Hadamard matrix first; the scale is the largest magnitude / 127,
+// rounded to bf16, and a number the nearest multiple of it.
 bool rotate_append(const Heads &q, const Heads &k, const Heads &v, const float *cos, const float *sin,
                    const int64_t *slots, const Cache &cache, int64_t tokens, int64_t width, float *q_out);
 

@@ -11,6 +11,7 @@
 namespace test {
 namespace {
 
+using fewbit::CacheType;
 using fewbit::float_to_f16;
 
 constexpr int64_t kHidden = 52, kWidth = 16, kPage = 4, kPages = 24, kRows = kPages * kPage;
@@ -78,7 +79,7 @@ struct Native {
     }
     // The layer is told of so many rows, whatever there are.
     void resize(size_t layer, int64_t rows) {
-        stack.set_cache(layer, keys[layer].data(), values[layer].data(), half, rows);
+        stack.set_cache(layer, keys[layer].data(), values[layer].data(), half ? CacheType::f16 : CacheType::f32, rows);
     }
     bool same_cache(const Native &other) const { return keys == other.keys && values == other.values; }
 

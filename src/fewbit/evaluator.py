@@ -21,7 +21,7 @@ from fewbit.errors import FewbitError
 from fewbit.quality import DomainQuality, Paired, Quality, figures, paired, standard_error
 from fewbit.reference_cache import ReferenceCache
 from fewbit.runtime.cache import Sequence as CachedSequence
-from fewbit.runtime.engine import LanguageModel, set_threads
+from fewbit.runtime.engine import LanguageModel, cache_dtype, set_threads
 from fewbit.scoring import Expected, Prediction, Scores, Worst, WorstToken, joined, score
 from fewbit.source import Source, describe_source, open_source
 from fewbit.tokenizer import Tokenizer
@@ -46,6 +46,7 @@ def evaluate(
     exact: bool = False,
     threads: int | None = None,
     cache: bool = False,
+    kv_cache: str | None = None,
     progress: Progress | None = None,
 ) -> list[Quality]:
     """Measure each of `models` against the full-precision model `against`, run in float32.
@@ -55,9 +56,12 @@ def evaluate(
     exact    runs the quantized weights with float activations; otherwise the default kernels run
     cache    keeps what the reference predicted on disk, compressed, and uses what an earlier call kept; one window is
              then run again to state the error (`Quality.cache_error`), or to refuse what was kept
+    kv_cache what the candidates keep keys and values in: `load`'s `cache`
     Raises FewbitError where a text is too short, the models' vocabularies or their tokens of a text differ, or
     predictions are not finite.
     """
+    # refused before the reference runs
+    cache_dtype(exact, kv_cache)
     if threads is not None:
         set_threads(threads)
     source = open_source(against)
@@ -68,7 +72,7 @@ def evaluate(
     reference = _Reference(source, pieces, ReferenceCache(source) if cache else None, progress)
     # before the candidates are loaded: with a whole cache, the reference and they are never in memory together
     reference.prepare()
-    runs = [_Candidate(LanguageModel(s, exact, None), Worst(tokenizer)) for s in candidates]
+    runs = [_Candidate(LanguageModel(s, exact, None, cache=kv_cache), Worst(tokenizer)) for s in candidates]
     for done, piece in enumerate(pieces):
         expected, kept = reference.expected(piece), reference.kept(piece)
         for j, run in enumerate(runs):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from fewbit.cli._parser import Parser, count
+from fewbit.cli._parser import Parser, add_cache, count
 from fewbit.cli._terminal import Column, megabytes, note, print_json, print_table, progress
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--rounds", type=count, default=5, metavar="N", help="runs to take (default %(default)s)")
     parser.add_argument("--threads", type=count, metavar="N", help="default: the machine's cores")
+    add_cache(parser)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
@@ -41,7 +42,13 @@ def run(args: argparse.Namespace) -> int:
 
     with progress() as report:
         speed = measure_speed(
-            args.model, prompt=args.prompt, new=args.tokens, threads=args.threads, repeat=args.rounds, progress=report
+            args.model,
+            prompt=args.prompt,
+            new=args.tokens,
+            threads=args.threads,
+            repeat=args.rounds,
+            cache=args.cache,
+            progress=report,
         )
     if speed.prepared_note:
         note(f"note: {speed.prepared_note}")
@@ -66,7 +73,7 @@ def rows(speed: Speed) -> list[list[str]]:
             "decode",
             f"{speed.decode_rate:.1f} tokens/s ({spread(speed.decode_rates)})",
             _share(speed.decode_share, speed.read_ceiling, "B/s"),
-            f"{speed.new_tokens} tokens, {megabytes(speed.read_bytes)} each",
+            f"{speed.new_tokens} tokens, {megabytes(speed.read_bytes)} each, {speed.cache} cache",
         ],
         [
             "model",

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.kernels.ops import Batch, Layer, Ops, Product, Stack
+from fewbit.kernels.ops import Batch, Layer, Ops, Product, Stack, cached_width
 
 # a step of more tokens is a native call for each layer, between which Python looks for signals (Ctrl-C)
 MOST_TOKENS_AT_ONCE = 16
+# the caches that native code reads and writes, and its numbers for them
+CACHES = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
 
 
 def _is_rows(t: Tensor, columns: int) -> bool:
@@ -101,7 +103,7 @@ class CpuOps(Ops):
             slots.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
-            k_cache.dtype is torch.float16,
+            CACHES[k_cache.dtype],
             k_cache.shape[0],
             tokens,
             width,
@@ -131,7 +133,7 @@ class CpuOps(Ops):
             q.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
-            k_cache.dtype is torch.float16,
+            CACHES[k_cache.dtype],
             k_cache.shape[0],
             kv,
             batch.pages.data_ptr(),
@@ -174,12 +176,12 @@ class NativeStack(Stack):
         super().__init__(ops, layers)
 
     def allocate(self, rows: int, dtype: torch.dtype) -> None:
-        """Room for `rows` tokens; ValueError where `dtype` is neither float32 nor float16."""
-        if dtype not in (torch.float32, torch.float16):
-            raise ValueError(f"caches must be float32 or float16, got {dtype}")
+        """Room for `rows` tokens; ValueError where `dtype` is not float32, float16 or int8."""
+        if dtype not in CACHES:
+            raise ValueError(f"caches must be float32, float16 or int8, got {dtype}")
         super().allocate(rows, dtype)
         for i, (keys, values) in enumerate(self.caches):
-            self.native.set_cache(i, keys.data_ptr(), values.data_ptr(), dtype is torch.float16, rows)
+            self.native.set_cache(i, keys.data_ptr(), values.data_ptr(), CACHES[dtype], rows)
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         """x [T, d] -> [T, d]; IndexError where a slot or a page leaves the cache, with nothing written."""
@@ -277,14 +279,14 @@ def _batch_out_of_range(batch: Batch, rows: int) -> IndexError:
 
 
 def _are_caches(k_cache: Tensor, v_cache: Tensor, heads: int, width: int) -> bool:
-    """Two contiguous caches [R, heads, width] of one dtype, float32 or float16."""
+    """Two contiguous caches of one dtype that the native code has, for so many heads of `width`."""
     dtype, shape = k_cache.dtype, k_cache.shape
     return (
-        (dtype is torch.float32 or dtype is torch.float16)
+        dtype in CACHES
         and dtype is v_cache.dtype
         and shape == v_cache.shape
         and shape[1] == heads
-        and shape[2] == width
+        and shape[2] == cached_width(width, dtype)
         and k_cache.is_cpu
         and k_cache.is_contiguous()
         and v_cache.is_contiguous()

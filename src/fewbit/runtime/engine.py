@@ -27,6 +27,8 @@ from fewbit.tokenizer import TextStream, Tokenizer
 
 Progress = Callable[[int, int, str], None]
 DEFAULT_CONTEXT = 8192
+# how keys and values may be kept, the default first
+CACHES = {"16bit": torch.float16, "int8": torch.int8}
 # tokens of a prompt that run at once: bounds the activations' memory
 PREFILL_CHUNK = 256
 # sequences with the new tokens of each
@@ -58,8 +60,16 @@ class Stats:
 class LanguageModel:
     """A model in memory with its tokenizer and cache. `context` is the most tokens a conversation may have."""
 
-    def __init__(self, source: Source, exact: bool, context: int | None, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        exact: bool,
+        context: int | None,
+        progress: Progress | None = None,
+        cache: str | None = None,
+    ) -> None:
         self.source, self.name, self.exact = source, source.name, exact
+        dtype = cache_dtype(exact, cache)
         self.tokenizer = Tokenizer(source.checkpoint.tokenizer())
         self.context = self._checked(context)
         self.backends = kernels.available(exact)
@@ -77,8 +87,7 @@ class LanguageModel:
         # why no prepared layout is kept, or what was wrong with the one that was
         self.prepared_note = prepared.note
         pages = -(-self.context // PAGE_SIZE)
-        # keys and values in 16 bits halve the cache; exact runs keep all of their bits
-        self.model.allocate(pages * PAGE_SIZE, torch.float32 if exact else torch.float16)
+        self.model.allocate(pages * PAGE_SIZE, dtype)
         self.allocator = PageAllocator(pages)
         self._kept = CachedSequence()
         self._latest: object = None
@@ -283,6 +292,24 @@ def _counted(source: Source, progress: Progress, total: int) -> Callable[[str], 
     return read
 
 
+def cache_dtype(exact: bool, cache: str | None) -> torch.dtype:
+    """What keys and values are kept in: float32 in exact runs, which keep all of their bits, else a name of CACHES.
+
+    FewbitError where an exact run is given another, or the name is none.
+    """
+    if cache is not None and cache not in CACHES:
+        raise FewbitError(
+            "There is no such cache.", f"Asked for {cache!r}; there are {', '.join(CACHES)}.", "Choose one of them."
+        )
+    if exact and cache is not None:
+        raise FewbitError(
+            "An exact run can't have another cache.",
+            f"Asked for {cache}; exact runs keep keys and values in float32: only weights are rounded there.",
+            "Drop one of the two.",
+        )
+    return torch.float32 if exact else CACHES[cache or "16bit"]
+
+
 def set_threads(count: int) -> None:
     """CPU threads of torch and of every backend; FewbitError where the machine can't have as many."""
     most = 4 * (os.cpu_count() or 1)
@@ -301,6 +328,7 @@ def load(
     exact: bool = False,
     context: int | None = None,
     threads: int | None = None,
+    cache: str | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel:
     """Load an alias, a folder or a GGUF file.
@@ -308,9 +336,13 @@ def load(
     exact    float32 activations and the reference kernels: the definition, slower
     context  most tokens of a conversation (default: the model's own limit, at most 8192)
     threads  CPU threads (default: the cores this process may use)
-    Raises FewbitError where the model is missing, broken, of an unknown architecture, or the context impossible.
+    cache    keys and values in "16bit" (default), or in "int8": about half the memory, and less to read at long
+             contexts. Exact runs keep them in float32 and refuse either.
+    Raises FewbitError where the model is missing, broken, of an unknown architecture, the context impossible, or there
+    is no such cache.
     """
+    cache_dtype(exact, cache)
     if threads is not None:
         set_threads(threads)
     note = (lambda text: progress(0, 1, text)) if progress else None
-    return LanguageModel(open_source(model, note), exact, context, progress)
+    return LanguageModel(open_source(model, note), exact, context, progress, cache)

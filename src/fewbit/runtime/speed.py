@@ -59,6 +59,8 @@ class Speed:
     instruction_set: str | None
     # why no prepared layout is kept, or what was wrong with the one that was
     prepared_note: str | None
+    # how keys and values were kept
+    cache: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -72,11 +74,13 @@ def measure_speed(
     new: int = 64,
     threads: int | None = None,
     repeat: int = 5,
+    cache: str | None = None,
     progress: Progress | None = None,
 ) -> Speed:
     """Load a model, then time a prompt of `prompt` random tokens and `new` greedy tokens after it, `repeat` times.
 
-    Between the runs the machine's ceilings are measured. Raises FewbitError where the run does not fit the context.
+    Between the runs the machine's ceilings are measured; `cache` is that of `load`. Raises FewbitError where the run
+    does not fit the context.
     """
     if min(prompt, new, repeat) < 1:
         raise FewbitError(
@@ -84,7 +88,7 @@ def measure_speed(
         )
     with PeakMemory() as memory:
         clock = time.perf_counter()
-        loaded = load(model, threads=threads)
+        loaded = load(model, threads=threads, cache=cache)
         load_seconds = time.perf_counter() - clock
         if prompt + new > loaded.context:
             raise FewbitError(
@@ -113,6 +117,7 @@ def measure_speed(
         backends=dict(Counter(linear.backend.name for linear in linears(loaded))),
         instruction_set=machine.cpu.isa if machine else None,
         prepared_note=loaded.prepared_note,
+        cache=cache or "16bit",
         **_rates(loaded, prompt, new, runs, found),
     )
 
