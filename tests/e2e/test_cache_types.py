@@ -101,11 +101,13 @@ def test_verbs_run_with_it_and_say_so(packed: Path, tmp_path: Path, capsys: pyte
         # the reference keeps its float32
         assert {torch.float32, torch.int8} <= set(used)
         assert torch.float16 not in used
-    capsys.readouterr()
-    for options, name in (([], "16bit"), (["--cache", "int8"], "int8")):
-        argv = ["bench", str(packed), "--prompt", "4", "--tokens", "2", "--rounds", "1", "--json"]
-        assert main([*argv, *options]) == 0
-        assert json.loads(capsys.readouterr().out)["cache"] == name
+        for options, name in (([], "16bit"), (["--cache", "int8"], "int8")):
+            used.clear()
+            capsys.readouterr()
+            argv = ["bench", str(packed), "--prompt", "4", "--tokens", "2", "--rounds", "1", "--json"]
+            assert main([*argv, *options]) == 0
+            assert json.loads(capsys.readouterr().out)["cache"] == name
+            assert used == [CACHES[name]]
 
 
 def _noting(used: list[torch.dtype]) -> Callable[[Stack, int, torch.dtype], None]:
