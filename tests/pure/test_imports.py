@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "store": {"errors", "lookup"},
     "formats": LOW,
     "methods": LOW | {"formats"},
-    "kernels": LOW | {"formats"},
+    "kernels": LOW | {"formats", "store"},
     "prepared": {"qtensor", "store", "kernels"},
     "layers": LOW | {"config_values", "formats", "kernels", "prepared"},
     "models": LOW | {"config_values", "formats", "kernels", "layers"},
@@ -59,7 +59,7 @@ MAY_IMPORT["report"] = {"errors", "qtensor", "formats", "models", "source", "eva
 TOP = {"__init__", "cli"}
 # the compiled kernels are read through the kernels package
 NATIVE = "_cpu"
-OTHERS = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "regex", "rich", "altair", "vl_convert"}
+OTHERS = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "regex", "rich", "altair", "vl_convert", "cuda"}
 
 
 def part(path: Path) -> str:
