@@ -18,7 +18,6 @@ from fewbit.kernels.ops import Ops
 from fewbit.prepared import PreparedLayouts
 from fewbit.qtensor import QTensor
 
-
 CPU = torch.device("cpu")
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import FewbitError
-from fewbit.runtime.engine import PREFILL_CHUNK, LanguageModel, load
+from fewbit.runtime.engine import LanguageModel, load
 from fewbit.runtime.sampler import Sampling
 
 Progress = Callable[[int, int, str], None]
@@ -174,10 +174,10 @@ class Scorer:
         # the first wanted token must run, and all after it
         sequence, shared = self.model.begin(self, inputs[: first + 1])
         wanted: list[Tensor] = []
-        for start in range(shared, len(inputs), PREFILL_CHUNK):
-            chunk = inputs[start : start + PREFILL_CHUNK]
+        for start in range(shared, len(inputs), self.model.chunk):
+            chunk = inputs[start : start + self.model.chunk]
             rows = list(range(max(first - start, 0), len(chunk)))
-            logits = self.model.forward([(sequence, chunk)], rows or None)
+            logits = self.model.forward([(sequence, chunk)], rows or None).cpu()
             wanted += [logits] if rows else []
         logits = torch.cat(wanted)
         if not torch.isfinite(logits).all():

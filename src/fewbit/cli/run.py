@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fewbit.cli._failures import UsageError
-from fewbit.cli._parser import Parser, count
+from fewbit.cli._parser import Parser, add_device, count
 from fewbit.cli._terminal import note, print_json, progress, write
 from fewbit.errors import FewbitError
 
@@ -55,6 +55,7 @@ def add_arguments(parser: Parser) -> None:
         "--context", type=count, metavar="N", help="tokens to keep room for (default: the model's own)"
     )
     machine.add_argument("--threads", type=count, metavar="N", help="default: the machine's cores")
+    add_device(machine)
     machine.add_argument("--exact", action="store_true", help="float activations: slower, free of activation rounding")
 
 
@@ -76,7 +77,16 @@ def run(args: argparse.Namespace) -> int:
     import fewbit
 
     with progress() as report:
-        model = fewbit.load(args.model, exact=args.exact, context=args.context, threads=args.threads, progress=report)
+        model = fewbit.load(
+            args.model,
+            exact=args.exact,
+            context=args.context,
+            threads=args.threads,
+            device=args.device,
+            progress=report,
+        )
+    if model.device_note:
+        note(f"note: {model.device_note}")
     for reason in model.notes:
         note(f"note: the slow reference kernel runs part of this model. {reason}")
     if model.prepared_note:

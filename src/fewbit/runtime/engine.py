@@ -9,26 +9,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 
 from fewbit import kernels
 from fewbit.errors import FewbitError
-from fewbit.kernels.ops import Batch
+from fewbit.kernels.ops import Batch, Ops
 from fewbit.layers import Weights
 from fewbit.prepared import PreparedLayouts
 from fewbit.runtime.cache import PAGE_SIZE, PageAllocator
 from fewbit.runtime.cache import Sequence as CachedSequence
+from fewbit.runtime.graphs import StepGraphs
+from fewbit.runtime.placement import CARD_CHUNK, CPU, PREFILL_CHUNK, Placement, out_of_memory, place, plan
 from fewbit.runtime.sampler import Sampler, Sampling
 from fewbit.source import Source, open_source
 from fewbit.tokenizer import TextStream, Tokenizer
 
 Progress = Callable[[int, int, str], None]
 DEFAULT_CONTEXT = 8192
-# tokens of a prompt that run at once: bounds the activations' memory
-PREFILL_CHUNK = 256
 # sequences with the new tokens of each
 Steps = Sequence[tuple[CachedSequence, Sequence[int]]]
 
@@ -58,42 +58,71 @@ class Stats:
 class LanguageModel:
     """A model in memory with its tokenizer and cache. `context` is the most tokens a conversation may have."""
 
-    def __init__(self, source: Source, exact: bool, context: int | None, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        exact: bool,
+        context: int | None,
+        progress: Progress | None = None,
+        placement: Placement | None = None,
+    ) -> None:
         self.source, self.name, self.exact = source, source.name, exact
         self.tokenizer = Tokenizer(source.checkpoint.tokenizer())
-        self.context = self._checked(context)
-        self.backends = kernels.available(exact)
+        self.context = checked_context(source, context)
+        placement = placement or Placement(CPU, plan(source, self.context, exact, on_card=False))
+        self.device, self.plan, self.device_note = placement.device, placement.plan, placement.note
+        # tokens of a prompt that run at once: bounds the activations' memory
+        self.chunk = CARD_CHUNK if self.device.type == "cuda" else PREFILL_CHUNK
+        self.backends = kernels.available(exact, self.device.type)
         # why the reference runs what a faster kernel refused
         self.notes: list[str] = []
-        shapes = {w.name: w.shape for w in source.weights}
-        prepared = PreparedLayouts(source.path, source.checkpoint.weight_bytes(), shapes, self.backends)
-        read = _counted(source, progress, len(shapes) - len(prepared.names)) if progress else source.read
-        weights = Weights(read, source.has, self.backends, self.backends[0].ops, self.notes, prepared)
-        try:
-            self.model: Any = source.module.Model(source.args, weights)
-            prepared.keep()
-        finally:
-            prepared.close()
         # why no prepared layout is kept, or what was wrong with the one that was
-        self.prepared_note = prepared.note
+        self.prepared_note: str | None = None
         pages = -(-self.context // PAGE_SIZE)
-        # keys and values in 16 bits halve the cache; exact runs keep all of their bits
-        self.model.allocate(pages * PAGE_SIZE, torch.float32 if exact else torch.float16)
+        said: str | None = None
+        try:
+            self.model: Any = self._load(progress)
+            # keys and values in 16 bits halve the cache; exact runs keep all of their bits
+            self.model.allocate(pages * PAGE_SIZE, torch.float32 if exact else torch.float16)
+        except torch.OutOfMemoryError as error:
+            said = str(error)
+        if said is not None:
+            # only now, as the error's frames held what had been loaded
+            self._fail_for_memory(said)
+        self._graphs = None
+        if self.device.type == "cuda" and self.model.stack.replays:
+            self._graphs = StepGraphs(self.model, self.device, pages, PAGE_SIZE)
         self.allocator = PageAllocator(pages)
         self._kept = CachedSequence()
         self._latest: object = None
         # one step at a time, whichever thread asks
         self._lock = threading.RLock()
 
-    def _checked(self, context: int | None) -> int:
-        limit = self.source.args.max_position_embeddings
-        if context is not None and not 0 < context <= limit:
-            raise FewbitError(
-                f"A context of {context:,} tokens is not possible.",
-                f"{self.name} was made for at most {limit:,}.",
-                f"Choose a context from 1 to {limit:,}.",
-            )
-        return context or min(limit, DEFAULT_CONTEXT)
+    def _load(self, progress: Progress | None) -> Any:
+        source, total = self.source, len(self.source.weights)
+        ops = self.backends[0].ops
+        if self.device.type == "cuda":
+            ops = _card_ops(self.device, self.exact)
+        prepared = None
+        if self.device.type == "cpu" and source.path.exists():
+            shapes = {w.name: w.shape for w in source.weights}
+            prepared = PreparedLayouts(source.path, source.checkpoint.weight_bytes(), shapes, self.backends)
+            total -= len(prepared.names)
+        read = _counted(source, progress, total) if progress else source.read
+        weights = Weights(read, source.has, self.backends, ops, self.notes, prepared, self.device)
+        try:
+            model = source.module.Model(source.args, weights)
+            if prepared:
+                prepared.keep()
+                self.prepared_note = prepared.note
+            return model
+        finally:
+            if prepared:
+                prepared.close()
+
+    def _fail_for_memory(self, said: str) -> NoReturn:
+        torch.cuda.empty_cache()
+        raise out_of_memory(self.plan, self.device, said)
 
     @torch.inference_mode()
     def forward(self, steps: Steps, wanted: list[int] | None = None) -> Tensor:
@@ -103,19 +132,24 @@ class LanguageModel:
         last token of each sequence.
         """
         with self._lock:
+            said: str | None = None
             try:
-                logits: Tensor = self.model(*self._batch(steps, wanted))
-            except BaseException:
+                logits = self._step(steps, wanted)
+            except BaseException as error:
                 # an interrupted step (Ctrl-C) has not written all of its keys and values
                 for sequence, _ in steps:
                     self.allocator.truncate(sequence, len(sequence.ids))
-                raise
+                if not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                said = str(error)
+            if said is not None:
+                self._fail_for_memory(said)
             for sequence, new in steps:
                 sequence.ids += new
             return logits
 
-    def _batch(self, steps: Steps, wanted: list[int] | None) -> tuple[Tensor, Tensor, Batch]:
-        """Ids, positions and places of the new tokens; pages are reserved, the sequences' ids are left as they are."""
+    def _step(self, steps: Steps, wanted: list[int] | None) -> Tensor:
+        """Logits; pages are reserved, the sequences' ids are left as they are."""
         ids = [i for _, new in steps for i in new]
         slots: list[int] = []
         positions: list[int] = []
@@ -126,21 +160,26 @@ class LanguageModel:
             positions += range(have, have + len(new))
             slots += (sequence.slot(p) for p in range(have, have + len(new)))
             starts.append(len(slots))
+        lengths = [len(s.ids) + len(new) for s, new in steps]
+        single = len(ids) == len(steps) and all(len(new) == 1 for _, new in steps)
+        if self._graphs and wanted is None and single and self._graphs.takes(len(steps)):
+            return self._graphs.run(ids, positions, slots, lengths, [s.pages for s, _ in steps])
         longest = max(len(sequence.pages) for sequence, _ in steps)
         pages = [page for s, _ in steps for page in s.pages + [0] * (longest - len(s.pages))]
-        lengths = [len(s.ids) + len(new) for s, new in steps]
         if wanted is None:
             wanted = [i - 1 for i in starts[1:]]
-        cut = _tensors(ids, positions, slots, pages, lengths, starts, wanted)
-        return cut[0], cut[1], Batch(cut[2], cut[3].view(len(steps), longest), cut[4], cut[5], PAGE_SIZE, cut[6])
+        cut = _tensors(self.device, ids, positions, slots, pages, lengths, starts, wanted)
+        batch = Batch(cut[2], cut[3].view(len(steps), longest), cut[4], cut[5], PAGE_SIZE, cut[6])
+        logits: Tensor = self.model(cut[0], cut[1], batch)
+        return logits
 
     def prefill(self, sequence: CachedSequence, ids: Sequence[int], owner: object = None) -> Tensor:
         """Run a prompt (or the next token) in chunks -> logits [vocab] of its last token.
 
         `owner` is the answer the sequence was given to by `begin`. Raises FewbitError where a newer one has taken it,
-        and where the model's output is not finite.
+        and where the model's output is not finite (on a card, where a look would make the host wait, choosing does).
         """
-        for i in range(0, len(ids), PREFILL_CHUNK):
+        for i in range(0, len(ids), self.chunk):
             with self._lock:
                 if owner is not None and self._latest is not owner:
                     raise FewbitError(
@@ -148,14 +187,9 @@ class LanguageModel:
                         f"It had come to token {len(sequence.ids)}; a loaded model holds one conversation.",
                         "Finish an answer before asking for the next, or load the model twice.",
                     )
-                logits = self.forward([(sequence, list(ids[i : i + PREFILL_CHUNK]))])
-        if not math.isfinite(logits.numpy().max()):
-            broken = int((~torch.isfinite(logits)).sum())
-            raise FewbitError(
-                "The model's output is not a number.",
-                f"{broken:,} of {logits.numel():,} logits after {len(sequence.ids)} tokens.",
-                "Its weights are damaged or overflow: try --exact, or `fewbit quantize`, which names a broken tensor.",
-            )
+                logits = self.forward([(sequence, list(ids[i : i + self.chunk]))])
+        if logits.is_cpu and not math.isfinite(logits.numpy().max()):
+            raise not_finite(logits, len(sequence.ids))
         return logits[0]
 
     def generate(
@@ -209,6 +243,23 @@ class LanguageModel:
             )
         return ids
 
+    def synchronize(self) -> None:
+        """Wait for what runs on the card."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @property
+    def device_name(self) -> str:
+        """`cpu`, or the card's own name."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+    def card_memory(self) -> int | None:
+        """Bytes in use on the card now, by everything that uses it; None on the CPU."""
+        if self.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free
+
     def begin(self, owner: object, ids: list[int]) -> tuple[CachedSequence, int]:
         """Give the model's conversation to `owner`: the sequence, and how many leading tokens of `ids` it holds."""
         with self._lock:
@@ -241,7 +292,8 @@ class Generation(Iterator[str]):
         clock = time.perf_counter()
         logits = model.prefill(sequence, ids[stats.cached_tokens :], self)
         while stats.new_tokens < budget:
-            token = sampler(logits, history)
+            if (token := sampler(logits, history)) < 0:
+                raise not_finite(logits, len(sequence.ids))
             now = time.perf_counter()
             if not stats.new_tokens:
                 stats.prompt_seconds = now - clock
@@ -265,9 +317,42 @@ class Generation(Iterator[str]):
             yield rest
 
 
-def _tensors(*lists: Sequence[int]) -> tuple[Tensor, ...]:
+def checked_context(source: Source, context: int | None) -> int:
+    """The tokens a conversation may have; FewbitError where the model was not made for as many."""
+    limit = source.args.max_position_embeddings
+    if context is not None and not 0 < context <= limit:
+        raise FewbitError(
+            f"A context of {context:,} tokens is not possible.",
+            f"{source.name} was made for at most {limit:,}.",
+            f"Choose a context from 1 to {limit:,}.",
+        )
+    return context or min(limit, DEFAULT_CONTEXT)
+
+
+def not_finite(logits: Tensor, tokens: int) -> FewbitError:
+    """The model's output after `tokens` tokens can't be sampled from."""
+    broken = int((~torch.isfinite(logits)).sum())
+    return FewbitError(
+        "The model's output is not a number.",
+        f"{broken:,} of {logits.numel():,} logits after {tokens} tokens.",
+        "Its weights are damaged or overflow: try --exact, or `fewbit quantize`, which names a broken tensor.",
+    )
+
+
+def _card_ops(device: torch.device, exact: bool) -> Ops:
+    if exact:
+        return Ops()
+    # torch's part for cards is large, and most machines need none of it
+    from fewbit.kernels._cuda_ops import cuda_ops
+
+    return cuda_ops(device) or Ops()
+
+
+def _tensors(device: torch.device, *lists: Sequence[int]) -> tuple[Tensor, ...]:
     """int64 tensors of the lists: cut from one, which takes a third of the time that making each would."""
     flat = torch.tensor([i for part in lists for i in part], dtype=torch.int64)
+    if device.type != "cpu":
+        flat = flat.to(device)
     return torch.split(flat, [len(part) for part in lists])
 
 
@@ -301,6 +386,7 @@ def load(
     exact: bool = False,
     context: int | None = None,
     threads: int | None = None,
+    device: str = "auto",
     progress: Progress | None = None,
 ) -> LanguageModel:
     """Load an alias, a folder or a GGUF file.
@@ -308,9 +394,14 @@ def load(
     exact    float32 activations and the reference kernels: the definition, slower
     context  most tokens of a conversation (default: the model's own limit, at most 8192)
     threads  CPU threads (default: the cores this process may use)
-    Raises FewbitError where the model is missing, broken, of an unknown architecture, or the context impossible.
+    device   auto (a card that is there and has room, or the CPU, with `device_note` saying why), cpu, cuda, cuda:N
+    Raises FewbitError where the model is missing, broken, of an unknown architecture, the context impossible, or the
+    named device is not there or too small.
     """
     if threads is not None:
         set_threads(threads)
     note = (lambda text: progress(0, 1, text)) if progress else None
-    return LanguageModel(open_source(model, note), exact, context, progress)
+    source = open_source(model, note)
+    return LanguageModel(
+        source, exact, context, progress, place(device, source, checked_context(source, context), exact)
+    )
