@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from fewbit.kernels import _nvrtc
-from fewbit.kernels.ops import Batch, Cache, Layer, Ops, Stack
+from fewbit.kernels import Packed, _nvrtc
+from fewbit.kernels.cuda import FUSED_TOKENS, Cuda, Halves
+from fewbit.kernels.ops import Batch, Cache, Layer, Ops, Product, Stack
 
 # csrc of these numbers: _cuda/steps.cu
 TILE = 64
@@ -63,12 +64,32 @@ class CudaOps(Ops):
 
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """x [T, n] += delta [T, n], in place; the norm of that [T, n]."""
-        tokens, n = x.shape
         out = torch.empty_like(x)
-        threads = next(t for t in (128, 256, 512, 1024) if 4 * t >= n or t == 1024)
-        args = _pointers(x, delta, weight, out), c_int(n), c_float(eps)
-        _run(self.kernels()["add_norm"], (tokens, 1, 1), threads, *args[0], *args[1:])
+        self._add_norm(x, delta, weight, eps, out, None, None)
         return out
+
+    def norm_halves(self, x: Tensor, weight: Tensor, eps: float) -> Halves:
+        """The norm of x [T, n] as the products take it."""
+        tokens, n = x.shape
+        values = torch.empty(-(-n // 128) * 4, tokens, 32, dtype=torch.float16, device=x.device)
+        scales = torch.empty(tokens, device=x.device)
+        self._add_norm(x, None, weight, eps, None, values, scales)
+        return Halves(values, scales, n)
+
+    def _add_norm(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        out: Tensor | None,
+        halves: Tensor | None,
+        scales: Tensor | None,
+    ) -> None:
+        tokens, n = x.shape
+        threads = next(t for t in (128, 256, 512, 1024) if 4 * t >= n or t == 1024)
+        args = _pointers(x, delta, weight, out, halves, scales)
+        _run(self.kernels()["add_norm"], (tokens, 1, 1), threads, *args, c_int(n), c_float(eps))
 
     def gated(self, gate_up: Tensor, activation: str) -> Tensor:
         """gate_up [T, 2n] -> [T, n]."""
@@ -93,6 +114,8 @@ class CudaStack(Stack):
 
     def __init__(self, ops: CudaOps, layers: Sequence[Layer]) -> None:
         self.cuda = ops
+        # what multiplies every layer of few tokens, where that is one backend
+        self._fused = all(_is_fused(layer) for layer in layers)
         self._room: tuple[Tensor, Tensor, Tensor] | None = None
         super().__init__(ops, layers)
 
@@ -115,6 +138,10 @@ class CudaStack(Stack):
         """x [T, d] -> [T, d]; nothing is asked of the host where every sequence has one new token."""
         x = x.clone()
         places = None if x.shape[0] == batch.pages.shape[0] else _Places(batch)
+        if self._fused and places is None and x.shape[0] <= FUSED_TOKENS:
+            for layer, cache in zip(self.layers, self.caches, strict=True):
+                self._fused_layer(x, layer, cache, cos, sin, batch)
+            return x
         delta: Tensor | None = None
         for layer, cache in zip(self.layers, self.caches, strict=True):
             qkv = layer.qkv(self.cuda.add_norm(x, delta, layer.attention_norm, layer.eps))
@@ -127,21 +154,46 @@ class CudaStack(Stack):
             delta = layer.down(self.cuda.gated(gate_up, layer.activation))
         return x if delta is None else x.add_(delta)
 
-    def _attend_one(self, layer: Layer, qkv: Tensor, cos: Tensor, sin: Tensor, cache: Cache, batch: Batch) -> Tensor:
-        """qkv [S, (H + 2 KV) * D] -> [S, H * D]; appends to the cache."""
+    def _fused_layer(self, x: Tensor, layer: Layer, cache: Cache, cos: Tensor, sin: Tensor, batch: Batch) -> None:
+        """Adds a layer's parts to x [S, d] where it lies; activations go from kernel to kernel as halves."""
+        backend, ops = _backend(layer), self.cuda
+        qkv = backend.multiply(ops.norm_halves(x, layer.attention_norm, layer.eps), _packed(layer.qkv))
+        columns = layer.heads * layer.width
+        values = torch.empty(-(-columns // 128) * 4, len(x), 32, dtype=torch.float16, device=x.device)
+        self._attend_one(layer, qkv, cos, sin, cache, batch, values)
+        backend.multiply(Halves(values, None, columns), _packed(layer.o), add=x, out=x)
+        normed, gate_up = ops.norm_halves(x, layer.mlp_norm, layer.eps), _packed(layer.gate_up)
+        if backend.can_gate(gate_up):
+            gated = backend.gated(normed, gate_up)
+        else:
+            gated = ops.gated(backend.multiply(normed, gate_up), layer.activation)
+        backend.multiply(backend.halve(gated), _packed(layer.down), add=x, out=x)
+
+    def _attend_one(
+        self,
+        layer: Layer,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Cache,
+        batch: Batch,
+        halves: Tensor | None = None,
+    ) -> Tensor:
+        """qkv [S, (H + 2 KV) * D] -> [S, H * D], or `halves` as the products take them; appends to the cache."""
         if self._room is None:
             raise ValueError("allocate room for the cache first")
         heads, kv, width = layer.heads, layer.kv_heads, layer.width
-        shared = sharing(heads, kv, width)
-        out = torch.empty(len(qkv), heads * width, device=qkv.device)
+        shared, tokens = sharing(heads, kv, width), len(qkv)
+        out = torch.empty(0 if halves is not None else tokens, heads * width, device=qkv.device)
         splits = min(MOST_SPLITS, -(-batch.pages.shape[1] * batch.page_size // TILE))
         kernel = self.cuda.kernels(width, shared)["attend_one"]
-        for first in range(0, len(qkv), SEQUENCES):
+        for first in range(0, tokens, SEQUENCES):
             here = slice(first, first + SEQUENCES)
-            grid = (splits, heads // shared, min(SEQUENCES, len(qkv) - first))
+            grid = (splits, heads // shared, min(SEQUENCES, tokens - first))
             tables = (t[here] for t in (qkv, cos, sin, batch.slots, batch.lengths, batch.pages))
             args = [*_pointers(*tables), c_int(batch.pages.shape[1]), c_int(batch.page_size), *_pointers(*cache)]
-            args += [c_int(heads), c_int(kv), c_float(width**-0.5), *_pointers(*self._room, out[here])]
+            args += [c_int(heads), c_int(kv), c_float(width**-0.5), *_pointers(*self._room)]
+            args += [*_pointers(out[here], halves), c_int(tokens), c_int(first)]
             _run(kernel, grid, ATTEND_THREADS, *args)
         return out
 
@@ -265,4 +317,22 @@ def _takes(layer: Layer) -> bool:
         and layer.heads % layer.kv_heads == 0
         and _fits(layer.attention_norm)
         and _fits(layer.mlp_norm)
+    )
+
+
+def _packed(product: Product) -> Packed:
+    packed: Packed = product.packed  # type: ignore[attr-defined]
+    return packed
+
+
+def _backend(layer: Layer) -> Cuda:
+    backend: Cuda = layer.qkv.backend  # type: ignore[attr-defined]
+    return backend
+
+
+def _is_fused(layer: Layer) -> bool:
+    """Whether all four products are the cuda backend's, without biases."""
+    products = (layer.qkv, layer.o, layer.gate_up, layer.down)
+    return layer.activation == "silu" and all(
+        isinstance(getattr(p, "backend", None), Cuda) and getattr(p, "bias", None) is None for p in products
     )

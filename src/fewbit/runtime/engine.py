@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -81,9 +82,10 @@ class LanguageModel:
         pages = -(-self.context // PAGE_SIZE)
         said: str | None = None
         try:
-            self.model: Any = self._load(progress)
-            # keys and values in 16 bits halve the cache; exact runs keep all of their bits
-            self.model.allocate(pages * PAGE_SIZE, torch.float32 if exact else torch.float16)
+            with self._on_card():
+                self.model: Any = self._load(progress)
+                # keys and values in 16 bits halve the cache; exact runs keep all of their bits
+                self.model.allocate(pages * PAGE_SIZE, torch.float32 if exact else torch.float16)
         except torch.OutOfMemoryError as error:
             said = str(error)
         if said is not None:
@@ -120,6 +122,10 @@ class LanguageModel:
             if prepared:
                 prepared.close()
 
+    def _on_card(self) -> AbstractContextManager[Any]:
+        """The model's card is torch's current one inside; on the CPU nothing changes."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
     def _fail_for_memory(self, said: str) -> NoReturn:
         torch.cuda.empty_cache()
         raise out_of_memory(self.plan, self.device, said)
@@ -134,7 +140,8 @@ class LanguageModel:
         with self._lock:
             said: str | None = None
             try:
-                logits = self._step(steps, wanted)
+                with self._on_card():
+                    logits = self._step(steps, wanted)
             except BaseException as error:
                 # an interrupted step (Ctrl-C) has not written all of its keys and values
                 for sequence, _ in steps:

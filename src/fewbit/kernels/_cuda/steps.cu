@@ -37,14 +37,14 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// Every thread of the block gets the sum; `room` has a place for each warp.
-__device__ __forceinline__ float block_sum(float x, float* room) {
+// Every thread of the block gets both; the rooms have a place for each warp.
+__device__ __forceinline__ void block_sum_and_max(float& sum, float& top, float* sums, float* tops) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  x = warp_sum(x);
-  if (lane == 0) room[warp] = x;
+  sum = warp_sum(sum), top = warp_max(top);
+  if (lane == 0) sums[warp] = sum, tops[warp] = top;
   __syncthreads();
-  x = lane < warps ? room[lane] : 0.f;
-  return warp_sum(x);
+  sum = warp_sum(lane < warps ? sums[lane] : 0.f);
+  top = warp_max(lane < warps ? tops[lane] : 0.f);
 }
 
 __device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
@@ -63,13 +63,21 @@ __device__ __forceinline__ u16 cached(float x) { return half_of(fminf(fmaxf(x, -
 
 }  // namespace
 
-// x [T, n] += delta [T, n] (where there is one); out [T, n] = x over the root of its mean square, times weight [n].
-// One block a token; n is a multiple of 4 and at most 16 * blockDim.x.
+// Activations as the products take them (kernels/cuda.py, Halves): column c of a token lies at [c / 32][token][c % 32],
+// `tokens` in all, zeros from the last column to the next multiple of 128.
+__device__ __forceinline__ long long place_of(int column, int token, int tokens) {
+  return (static_cast<long long>(column / 32) * tokens + token) * 32 + column % 32;
+}
+
+// x [T, n] += delta [T, n] (where there is one); the norm is x over the root of its mean square, times weight [n], and
+// goes to out [T, n], or to halves with `scales` [T], powers of two by which they are too small. One block a token; n is a
+// multiple of 4 and at most 16 * blockDim.x.
 extern "C" __global__ void __launch_bounds__(1024)
-    add_norm(float* x, const float* delta, const float* __restrict__ weight, float* out, int n, float eps) {
-  __shared__ float room[kWarp];
-  const int quads = n / 4, threads = blockDim.x;
-  const long long row = static_cast<long long>(blockIdx.x) * quads;
+    add_norm(float* x, const float* delta, const float* __restrict__ weight, float* out, u16* halves, float* scales,
+             int n, float eps) {
+  __shared__ float sums[kWarp], tops[kWarp];
+  const int quads = n / 4, threads = blockDim.x, token = blockIdx.x, tokens = gridDim.x;
+  const long long row = static_cast<long long>(token) * quads;
   float4* mine = reinterpret_cast<float4*>(x) + row;
   float4 held[4], factor[4];
 #pragma unroll
@@ -77,9 +85,9 @@ extern "C" __global__ void __launch_bounds__(1024)
     const int at = threadIdx.x + i * threads;
     if (at < quads) factor[i] = reinterpret_cast<const float4*>(weight)[at];
   }
-  let_next_begin();
   wait_for_inputs();
-  float sum = 0.f;
+  let_next_begin();
+  float sum = 0.f, top = 0.f;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const int at = threadIdx.x + i * threads;
@@ -90,16 +98,34 @@ extern "C" __global__ void __launch_bounds__(1024)
       held[i].x += more.x, held[i].y += more.y, held[i].z += more.z, held[i].w += more.w;
       mine[at] = held[i];
     }
-    sum += held[i].x * held[i].x + held[i].y * held[i].y + held[i].z * held[i].z + held[i].w * held[i].w;
+    float4& h = held[i];
+    sum += h.x * h.x + h.y * h.y + h.z * h.z + h.w * h.w;
+    h.x *= factor[i].x, h.y *= factor[i].y, h.z *= factor[i].z, h.w *= factor[i].w;
+    top = fmaxf(top, fmaxf(fmaxf(fabsf(h.x), fabsf(h.y)), fmaxf(fabsf(h.z), fabsf(h.w))));
   }
-  const float r = rsqrtf(block_sum(sum, room) / n + eps);
+  block_sum_and_max(sum, top, sums, tops);
+  const float r = rsqrtf(sum / n + eps);
+  // as halve.cu scales
+  const int exponent = static_cast<int>(__float_as_uint(top * r) >> 23) - 127;
+  const int by = top * r > 0.f && exponent < 128 && (exponent < -8 || exponent > 14) ? max(exponent - 14, -126) : 0;
+  const float factor_of_halves = r * __uint_as_float(static_cast<u32>(127 - by) << 23);
+  if (halves && threadIdx.x == 0) scales[token] = __uint_as_float(static_cast<u32>(127 + by) << 23);
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const int at = threadIdx.x + i * threads;
     if (at >= quads) continue;
-    const float4 h = held[i], f = factor[i];
-    reinterpret_cast<float4*>(out)[row + at] = make_float4(h.x * r * f.x, h.y * r * f.y, h.z * r * f.z, h.w * r * f.w);
+    const float4 h = held[i];
+    if (halves) {
+      const float f = factor_of_halves;
+      *reinterpret_cast<uint2*>(halves + place_of(4 * at, token, tokens)) =
+          make_uint2(half2_of(h.x * f, h.y * f), half2_of(h.z * f, h.w * f));
+    } else {
+      reinterpret_cast<float4*>(out)[row + at] = make_float4(h.x * r, h.y * r, h.z * r, h.w * r);
+    }
   }
+  if (halves)
+    for (int c = n + 4 * threadIdx.x; c < (n + 127) / 128 * 128; c += 4 * threads)
+      *reinterpret_cast<uint2*>(halves + place_of(c, token, tokens)) = make_uint2(0, 0);
 }
 
 // gate_up [T, 2n], gate first -> out [T, n] = silu(gate) * up; n is a multiple of 4.
@@ -147,13 +173,13 @@ extern "C" __global__ void rotate_append(const float* qkv, const float* cosines,
 // finish adds the ranges up in their order, so the sum is the same whichever that is. A length of 0 is no sequence.
 //
 //   qkv [S, (heads + 2 kv) * WIDTH]   cos, sin [S, WIDTH / 2]   slots, lengths [S]   pages [S, P]
-//   keys, values [R, kv, WIDTH]       out [S, heads * WIDTH]
+//   keys, values [R, kv, WIDTH]       out [S, heads * WIDTH], or halves of `tokens` tokens, these from `first_token` on
 //   partial [S, heads, kMostSplits, WIDTH]   stats [S, heads, kMostSplits] (largest score, sum)   counters [S, blocks]
 extern "C" __global__ void __launch_bounds__(kAttendThreads)
     attend_one(const float* qkv, const float* cosines, const float* sines, const long long* slots,
                const long long* lengths, const long long* pages, int pages_each, int page_size, u16* keys,
                u16* values, int heads, int kv_heads, float scale, float* partial, float2* stats, unsigned* counters,
-               float* out) {
+               float* out, u16* halves, int tokens, int first_token) {
   constexpr int kHalf = WIDTH / 2;
   constexpr int kPadded = power_of_two(SHARING);
   // lanes that share a row, 8 dimensions each; rows in flight at once; rows each lane sees of a tile
@@ -186,10 +212,25 @@ extern "C" __global__ void __launch_bounds__(kAttendThreads)
     wait_for_inputs();
     return;
   }
+  // a weighted mean of cached numbers is one that a half holds
+  auto give = [&](int i, float4 y) {
+    const int column = first_head * WIDTH + i;
+    if (halves)
+      *reinterpret_cast<uint2*>(halves + place_of(column, first_token + s, tokens)) =
+          make_uint2(half2_of(y.x, y.y), half2_of(y.z, y.w));
+    else
+      *reinterpret_cast<float4*>(out + static_cast<long long>(s) * heads * WIDTH + column) = y;
+  };
+  auto fill_up = [&] {
+    const int columns = heads * WIDTH;
+    if (halves && blockIdx.y == gridDim.y - 1)
+      for (int c = columns + 4 * thread; c < (columns + 127) / 128 * 128; c += 4 * kAttendThreads)
+        *reinterpret_cast<uint2*>(halves + place_of(c, first_token + s, tokens)) = make_uint2(0, 0);
+  };
   if (length == 0) {
     wait_for_inputs();
-    for (int i = thread; i < SHARING * WIDTH; i += kAttendThreads)
-      out[(static_cast<long long>(s) * heads + first_head) * WIDTH + i] = 0.f;
+    for (int i = 4 * thread; i < SHARING * WIDTH; i += 4 * kAttendThreads) give(i, make_float4(0.f, 0.f, 0.f, 0.f));
+    fill_up();
     return;
   }
   const int begin = split * range, end = min(length, begin + range);
@@ -339,16 +380,24 @@ extern "C" __global__ void __launch_bounds__(kAttendThreads)
     }
   __syncthreads();
   const long long first = static_cast<long long>(s) * heads + first_head;
-  for (int i = thread; i < SHARING * WIDTH; i += kAttendThreads) {
-    float all = 0.f;
+  for (int i = 4 * thread; i < SHARING * WIDTH; i += 4 * kAttendThreads) {
+    float4 all = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-    for (int w = 0; w < kWarps; w++) all += sums[w][i];
-    if (splits == 1)
-      out[first * WIDTH + i] = all / total[i / WIDTH];
-    else
-      partial[((first + i / WIDTH) * kMostSplits + split) * WIDTH + i % WIDTH] = all;
+    for (int w = 0; w < kWarps; w++) {
+      const float4 part = *reinterpret_cast<const float4*>(&sums[w][i]);
+      all.x += part.x, all.y += part.y, all.z += part.z, all.w += part.w;
+    }
+    if (splits == 1) {
+      const float by = 1.f / total[i / WIDTH];
+      give(i, make_float4(all.x * by, all.y * by, all.z * by, all.w * by));
+    } else {
+      *reinterpret_cast<float4*>(partial + ((first + i / WIDTH) * kMostSplits + split) * WIDTH + i % WIDTH) = all;
+    }
   }
-  if (splits == 1) return;
+  if (splits == 1) {
+    fill_up();
+    return;
+  }
   if (thread < SHARING) stats[(first + thread) * kMostSplits + split] = make_float2(highest[thread], total[thread]);
   __threadfence();
   __syncthreads();
@@ -380,7 +429,8 @@ extern "C" __global__ void __launch_bounds__(kAttendThreads)
       all.x += w * part.x, all.y += w * part.y, all.z += w * part.z, all.w += w * part.w;
     }
     const float w = whole[g];
-    reinterpret_cast<float4*>(out + first * WIDTH)[i] = make_float4(all.x * w, all.y * w, all.z * w, all.w * w);
+    give(4 * i, make_float4(all.x * w, all.y * w, all.z * w, all.w * w));
   }
+  fill_up();
   if (thread == 0) *counter = 0;
 }
