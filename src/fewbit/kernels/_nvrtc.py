@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def _both() -> tuple[Any, Any]:
 
 
 class Arguments:
-    """A kernel's arguments as the driver takes them, from ctypes values; their `.value` may be changed between launches.
+    """Arguments as the driver takes them, from ctypes values whose `.value` may be changed between launches.
 
     Not to be shared by threads that change them.
     """
@@ -118,13 +118,11 @@ class Kernel:
     def attribute(self, which: str) -> int:
         """A number of the driver's, such as NUM_REGS, LOCAL_SIZE_BYTES or SHARED_SIZE_BYTES."""
         kinds = self._driver.CUfunction_attribute
-        return int(
-            _done(self._driver, self._driver.cuFuncGetAttribute(kinds[f"CU_FUNC_ATTRIBUTE_{which}"], self._function))
-        )
+        return int(_done(self._driver.cuFuncGetAttribute(kinds[f"CU_FUNC_ATTRIBUTE_{which}"], self._function)))
 
     def _allow(self, shared: int) -> None:
         kind = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _done(self._driver, self._driver.cuFuncSetAttribute(self._function, kind, shared))
+        _done(self._driver.cuFuncSetAttribute(self._function, kind, shared))
         self._largest = shared
 
 
@@ -157,7 +155,7 @@ def module(
     driver, _ = _both()
     arch = card_arch(index)
     return {
-        name: Kernel(driver, _done(driver, driver.cuModuleGetFunction(loaded, name.encode())), name, index, arch)
+        name: Kernel(driver, _done(driver.cuModuleGetFunction(loaded, name.encode())), name, index, arch)
         for name in names
     }
 
@@ -168,7 +166,7 @@ def card_arch(device: int | None = None) -> int:
     return 10 * major + minor
 
 
-@lru_cache(maxsize=None)
+@cache
 def _loaded(source: str, defines: tuple[tuple[str, str], ...], device: int) -> Any:
     driver, _ = _both()
     image = _kept(source, defines, card_arch(device))
@@ -186,8 +184,8 @@ def _loaded(source: str, defines: tuple[tuple[str, str], ...], device: int) -> A
 def _use_context(driver: Any, device: int) -> None:
     """Torch's own context of the card, current on this thread."""
     torch.cuda.synchronize(device)
-    context = _done(driver, driver.cuDevicePrimaryCtxRetain(device))
-    _done(driver, driver.cuCtxSetCurrent(context))
+    context = _done(driver.cuDevicePrimaryCtxRetain(device))
+    _done(driver.cuCtxSetCurrent(context))
 
 
 def _kept(source: str, defines: tuple[tuple[str, str], ...], arch: int, anew: bool = False) -> bytes:
@@ -258,7 +256,7 @@ def compiled(source: str, defines: Mapping[str, object], arch: int) -> bytes:
     made = nvrtc.nvrtcCreateProgram(
         (SOURCES / source).read_bytes(), source.encode(), len(headers), list(headers.values()), names
     )
-    program = _done(nvrtc, made)
+    program = _done(made)
     try:
         options = [option.encode() for option in _options(arch, defines)]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
@@ -272,22 +270,22 @@ def compiled(source: str, defines: Mapping[str, object], arch: int) -> bytes:
             size, get = nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN
         else:
             size, get = nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX
-        image = bytearray(_done(nvrtc, size(program)))
+        image = bytearray(_done(size(program)))
         # bytes are filled in place by the bindings
         whole = bytes(image)
-        _done(nvrtc, get(program, whole))
+        _done(get(program, whole))
         return whole
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
 
 def _log(nvrtc: Any, program: Any) -> str:
-    text = b" " * int(_done(nvrtc, nvrtc.nvrtcGetProgramLogSize(program)))
-    _done(nvrtc, nvrtc.nvrtcGetProgramLog(program, text))
+    text = b" " * int(_done(nvrtc.nvrtcGetProgramLogSize(program)))
+    _done(nvrtc.nvrtcGetProgramLog(program, text))
     return text.rstrip(b"\0 \n").decode(errors="replace")
 
 
-def _done(library: Any, answer: tuple[Any, ...]) -> Any:
+def _done(answer: tuple[Any, ...]) -> Any:
     """What a call gave besides its status; FewbitError where that is not 0."""
     status, *rest = answer
     if int(status):
