@@ -72,6 +72,7 @@ class Cuda(Backend):
 
     name = "cuda"
     priority = 40
+    devices = ("cuda",)
 
     def refuses(self, q: QTensor) -> str | None:
         """None where the tensor is affine with groups that a tile has."""
