@@ -135,8 +135,7 @@ class CudaStack(Stack):
         )
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
-        """x [T, d] -> [T, d]; nothing is asked of the host where every sequence has one new token."""
-        x = x.clone()
+        """x [T, d] -> [T, d], in the same place; nothing is asked of the host where every sequence has one new token."""
         places = None if x.shape[0] == batch.pages.shape[0] else _Places(batch)
         if self._fused and places is None and x.shape[0] <= FUSED_TOKENS:
             for layer, cache in zip(self.layers, self.caches, strict=True):
@@ -286,7 +285,7 @@ def chooser(device: torch.device) -> Chooser | None:
 
 
 def _run(kernel: Any, grid: tuple[int, int, int], threads: int, *args: Any) -> None:
-    """All kernels here wait for the one before by themselves, so each may start early."""
+    # all kernels here wait for the one before by themselves, so each may start early
     kernel.launch(grid, (threads, 1, 1), args, dependent=True)
 
 
