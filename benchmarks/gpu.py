@@ -6,8 +6,8 @@ decode    tokens/s after a short prompt; its share: bytes of weights a token rea
           at which cuBLAS reads f16 weights for one token (llama.cpp's rows in the marks were held against that; a plain
           read kernel's rate stands beside it)
 prefill   2048 tokens, against the same layers in f16 through cuBLAS, times the number of layers
-memory    in use on the card after the runs, by everything; `llama-2-70b int2g64` runs with the allocator capped, so that
-          everything together stays within 24 GiB
+memory    in use on the card after the runs, by everything; `llama-2-70b int2g64` runs with the allocator capped, so
+          that everything together stays within 24 GiB
 Exits with 1 below a mark.
 """
 
@@ -33,7 +33,7 @@ from fewbit.random_models import random_model
 from fewbit.runtime.cache import Sequence
 from fewbit.runtime.engine import LanguageModel, checked_context
 from fewbit.runtime.placement import place
-from fewbit.runtime.sampler import greedy
+from fewbit.runtime.sampler import Sampler, Sampling
 from fewbit.runtime.speed import read_bytes
 
 PROMPT, SHORT, NEW = 2048, 64, 64
@@ -81,7 +81,7 @@ def seconds(call: Callable[[], object], rounds: int) -> float:
 
 
 def half_read_rate() -> float:
-    """Bytes a second that cuBLAS reads of f16 weights for one token; four matrices in turn, so that no cache has them."""
+    """Bytes a second that cuBLAS reads of f16 weights for one token; four matrices in turn, beyond any cache."""
     weights = [torch.randn(28672, 8192, dtype=torch.float16, device="cuda") for _ in range(4)]
     x = torch.randn(1, 8192, dtype=torch.float16, device="cuda")
 
@@ -131,16 +131,9 @@ def decode_rate(model: LanguageModel, ids: list[int]) -> float:
     """Tokens a second of greedy steps behind `ids`."""
     sequence = Sequence()
     logits = model.prefill(sequence, ids)
-    for _ in range(4):
-        logits = model.forward([(sequence, [greedy(logits)])])[0]
-    model.synchronize()
-    start = time.perf_counter()
-    for _ in range(NEW):
-        logits = model.forward([(sequence, [greedy(logits)])])[0]
-    model.synchronize()
-    took = time.perf_counter() - start
+    clocks = [time.perf_counter() for _ in model.tokens(sequence, logits, Sampler(Sampling()), [], NEW + 9, None)]
     model.allocator.truncate(sequence, 0)
-    return NEW / took
+    return NEW / (clocks[-1] - clocks[8])
 
 
 def prefill_seconds(model: LanguageModel, ids: list[int], rounds: int) -> float:

@@ -79,7 +79,6 @@ def test_answers_are_repeatable(card: str, tiny_folder: Path) -> None:
 
 
 def test_memory_that_ran_out_is_told_and_the_process_lives_on(card: str, tiny_folder: Path) -> None:
-    free, total = torch.cuda.mem_get_info()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-4)
     try:

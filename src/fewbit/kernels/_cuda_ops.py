@@ -21,7 +21,7 @@ from fewbit.kernels.ops import Batch, Cache, Layer, Ops, Product, Stack
 # csrc of these numbers: _cuda/steps.cu
 TILE = 64
 MOST_SPLITS = 32
-ATTEND_THREADS = 128
+ATTEND_THREADS = 256
 WIDTHS = (16, 32, 64, 128, 256)
 # query heads that a block of attention serves; its registers hold as many numbers for each dimension of a lane
 MOST_SHARING = 8
@@ -135,7 +135,7 @@ class CudaStack(Stack):
         )
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
-        """x [T, d] -> [T, d], in the same place; nothing is asked of the host where every sequence has one new token."""
+        """x [T, d] -> [T, d], in its place; nothing is asked of the host where every sequence has one new token."""
         places = None if x.shape[0] == batch.pages.shape[0] else _Places(batch)
         if self._fused and places is None and x.shape[0] <= FUSED_TOKENS:
             for layer, cache in zip(self.layers, self.caches, strict=True):
@@ -240,36 +240,53 @@ class _Places:
         return found
 
 
+class Choice:
+    """Tokens that are being chosen: `ids` int64 [W] on the card for whoever runs there, `tokens` for the host."""
+
+    def __init__(self, chosen: Tensor) -> None:
+        self.ids = chosen[1]
+        self._host = torch.empty(chosen.shape[1], dtype=torch.int64, pin_memory=True)
+        self._host.copy_(chosen[0], non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def tokens(self) -> list[int]:
+        """Waits for them; -1 where a logit is NaN or infinite."""
+        self._copied.synchronize()
+        found: list[int] = self._host.tolist()
+        return found
+
+
 class Chooser:
     """Draws tokens on the card; one number comes back to the host for each row of logits."""
 
     PARTS = 64
 
     def __init__(self, device: torch.device) -> None:
-        self._kernels = _nvrtc.module("choose.cu", ("largest", "draw"), None, device.index)
+        self._kernels = _nvrtc.module("choose.cu", ("largest", "draw", "settle"), None, device.index)
         self.device = device
 
     def __call__(
         self, logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, points: Sequence[float]
-    ) -> list[int]:
-        """The token of each row of float32 [W, vocab]; -1 where a logit is NaN or infinite.
+    ) -> Choice:
+        """A token for each row of float32 [W, vocab].
 
         Temperature 0 takes the likeliest. `points` are uniform numbers from 0 to 1, one a row. Tokens of equal
         probability at the border of top-k or top-p all pass.
         """
         rows, vocab = logits.shape
         logits = logits.contiguous()
-        found = torch.zeros(2, rows, dtype=torch.int64, device=self.device)
-        best, chosen = found[0], found[1]
+        found = torch.zeros(4, rows, dtype=torch.int64, device=self.device)
+        best, drawn, chosen = found[0], found[1], found[2:]
         _run(self._kernels["largest"], (self.PARTS, rows, 1), 256, *_pointers(logits), c_int(vocab), *_pointers(best))
         if temperature > 0:
             point = torch.tensor(list(points), dtype=torch.float64).to(self.device)
             settings = c_float(1 / temperature), c_int(top_k), c_float(top_p), c_float(min_p)
-            args = *_pointers(logits), c_int(vocab), *settings, *_pointers(point, best, chosen)
+            args = *_pointers(logits), c_int(vocab), *settings, *_pointers(point, best, drawn)
             _run(self._kernels["draw"], (rows, 1, 1), 1024, *args)
-        answers = (chosen if temperature > 0 else best).tolist()
-        # the low half is the id with all bits turned; all ones is no token
-        return [-1 if a == -1 else ~a & 0xFFFFFFFF for a in answers]
+        which = drawn if temperature > 0 else best
+        _run(self._kernels["settle"], (-(-rows // 64), 1, 1), 64, *_pointers(which, *chosen), c_int(rows))
+        return Choice(chosen)
 
 
 @lru_cache(maxsize=8)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ class LanguageModel:
             said = str(error)
         if said is not None:
             # only now, as the error's frames held what had been loaded
-            self._fail_for_memory(said)
+            raise self._no_memory(said)
         self._graphs = None
         if self.device.type == "cuda" and self.model.stack.replays:
             self._graphs = StepGraphs(self.model, self.device, pages, PAGE_SIZE)
@@ -126,9 +126,9 @@ class LanguageModel:
         """The model's card is torch's current one inside; on the CPU nothing changes."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def _fail_for_memory(self, said: str) -> NoReturn:
+    def _no_memory(self, said: str) -> FewbitError:
         torch.cuda.empty_cache()
-        raise out_of_memory(self.plan, self.device, said)
+        return out_of_memory(self.plan, self.device, said)
 
     @torch.inference_mode()
     def forward(self, steps: Steps, wanted: list[int] | None = None) -> Tensor:
@@ -138,22 +138,24 @@ class LanguageModel:
         last token of each sequence.
         """
         with self._lock:
-            said: str | None = None
-            try:
-                with self._on_card():
-                    logits = self._step(steps, wanted)
-            except BaseException as error:
-                # an interrupted step (Ctrl-C) has not written all of its keys and values
-                for sequence, _ in steps:
-                    self.allocator.truncate(sequence, len(sequence.ids))
-                if not isinstance(error, torch.OutOfMemoryError):
-                    raise
-                said = str(error)
-            if said is not None:
-                self._fail_for_memory(said)
+            logits = self._guarded(lambda: self._step(steps, wanted), [s for s, _ in steps])
             for sequence, new in steps:
                 sequence.ids += new
             return logits
+
+    def _guarded(self, step: Callable[[], Tensor], sequences: list[CachedSequence]) -> Tensor:
+        """A step of the sequences, undone where it fails."""
+        try:
+            with self._on_card():
+                return step()
+        except BaseException as error:
+            # an interrupted step (Ctrl-C) has not written all of its keys and values
+            for sequence in sequences:
+                self.allocator.truncate(sequence, len(sequence.ids))
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
+            said = str(error)
+        raise self._no_memory(said)
 
     def _step(self, steps: Steps, wanted: list[int] | None) -> Tensor:
         """Logits; pages are reserved, the sequences' ids are left as they are."""
@@ -188,16 +190,64 @@ class LanguageModel:
         """
         for i in range(0, len(ids), self.chunk):
             with self._lock:
-                if owner is not None and self._latest is not owner:
-                    raise FewbitError(
-                        "This answer was ended by a newer one.",
-                        f"It had come to token {len(sequence.ids)}; a loaded model holds one conversation.",
-                        "Finish an answer before asking for the next, or load the model twice.",
-                    )
+                self._check_owner(sequence, owner)
                 logits = self.forward([(sequence, list(ids[i : i + self.chunk]))])
         if logits.is_cpu and not math.isfinite(logits.numpy().max()):
             raise not_finite(logits, len(sequence.ids))
         return logits[0]
+
+    def _check_owner(self, sequence: CachedSequence, owner: object) -> None:
+        if owner is not None and self._latest is not owner:
+            raise FewbitError(
+                "This answer was ended by a newer one.",
+                f"It had come to token {len(sequence.ids)}; a loaded model holds one conversation.",
+                "Finish an answer before asking for the next, or load the model twice.",
+            )
+
+    def tokens(
+        self, sequence: CachedSequence, logits: Tensor, sampler: Sampler, history: list[int], count: int, owner: object
+    ) -> Iterator[int]:
+        """At most `count` tokens that follow from `logits` [vocab], added to `history` one by one.
+
+        On a card the next step begins before the host knows its token: what it does for the last token is forgotten.
+        Raises as `prefill` does.
+        """
+        ahead = self._graphs is not None and not sampler.looks_back
+        for i in range(count):
+            following: Tensor | None = None
+            if ahead and (choice := sampler.start(logits)) is not None:
+                if i + 1 < count:
+                    following = self._step_ahead(sequence, choice.ids, owner)
+                token = choice.tokens()[0]
+            else:
+                token = sampler(logits, history)
+            if token < 0:
+                raise not_finite(logits, len(sequence.ids))
+            history.append(token)
+            yield token
+            if i + 1 == count:
+                return
+            if following is None:
+                logits = self.prefill(sequence, [token], owner)
+                continue
+            with self._lock:
+                self._check_owner(sequence, owner)
+                sequence.ids.append(token)
+            logits = following
+
+    @torch.inference_mode()
+    def _step_ahead(self, sequence: CachedSequence, ids: Tensor, owner: object) -> Tensor:
+        """A step with a token [1] that the card knows; the caller adds it to the sequence's ids -> logits [vocab]."""
+
+        def step() -> Tensor:
+            have, graphs = len(sequence.ids), self._graphs
+            assert graphs is not None  # noqa: S101
+            self.allocator.reserve(sequence, have + 1)
+            return graphs.run(ids, [have], [sequence.slot(have)], [have + 1], [sequence.pages])
+
+        with self._lock:
+            self._check_owner(sequence, owner)
+            return self._guarded(step, [sequence])[0]
 
     def generate(
         self,
@@ -298,9 +348,7 @@ class Generation(Iterator[str]):
         history = list(ids)
         clock = time.perf_counter()
         logits = model.prefill(sequence, ids[stats.cached_tokens :], self)
-        while stats.new_tokens < budget:
-            if (token := sampler(logits, history)) < 0:
-                raise not_finite(logits, len(sequence.ids))
+        for token in model.tokens(sequence, logits, sampler, history, budget, self):
             now = time.perf_counter()
             if not stats.new_tokens:
                 stats.prompt_seconds = now - clock
@@ -310,15 +358,12 @@ class Generation(Iterator[str]):
             if token in model.tokenizer.eos_ids:
                 stats.finish_reason = "stop"
                 break
-            history.append(token)
             if piece := text.push(token):
                 yield piece
             if text.stopped:
                 stats.finish_reason = "stop"
                 return
             clock = time.perf_counter()
-            if stats.new_tokens < budget:
-                logits = model.prefill(sequence, [token], self)
         stats.finish_reason = stats.finish_reason or "length"
         if rest := text.flush():
             yield rest

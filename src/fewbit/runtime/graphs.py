@@ -34,13 +34,13 @@ class StepGraphs:
 
     def run(
         self,
-        ids: Sequence[int],
+        ids: Sequence[int] | Tensor,
         positions: Sequence[int],
         slots: Sequence[int],
         lengths: Sequence[int],
         pages: Sequence[Sequence[int]],
     ) -> Tensor:
-        """Logits float32 [S, vocab] of the next token of each of S sequences."""
+        """Logits float32 [S, vocab] of the next token of each of S sequences; `ids` may lie on the card already."""
         size = bucket(len(ids))
         if size is None:
             raise ValueError(f"at most {BUCKETS[-1]} sequences, got {len(ids)}")
@@ -49,7 +49,9 @@ class StepGraphs:
                 self._pool = torch.cuda.graph_pool_handle()
             self._recorded[size] = _Recorded(size, self.pages, self.page_size, self.device)
         recorded = self._recorded[size]
-        recorded.fill(ids, positions, slots, lengths, pages)
+        there = ids if isinstance(ids, Tensor) else None
+        recorded.fill([0] * len(ids) if isinstance(ids, Tensor) else ids, positions, slots, lengths, pages)
+        recorded.send(there)
         return recorded.run(self.model, self._pool)[: len(ids)].clone()
 
 
@@ -90,11 +92,16 @@ class _Recorded:
         filler = [0] * (size - len(ids))
         numbers[: -size - 1] = [*ids, *filler, *positions, *filler, *slots, *filler, *lengths, *filler, *table]
 
-    def run(self, model: Any, pool: Any) -> Tensor:
-        """Logits [size, vocab], in memory that the next step writes again."""
+    def send(self, ids: Tensor | None) -> None:
+        """The host's buffer to the card; ids that are there already instead of the host's."""
         self.inputs.copy_(self.host, non_blocking=True)
         if self.copied is not None:
             self.copied.record()
+        if ids is not None:
+            self.ids[: len(ids)].copy_(ids)
+
+    def run(self, model: Any, pool: Any) -> Tensor:
+        """Logits [size, vocab], in memory that the next step writes again."""
         if self.graph is None:
             self._record(model, pool)
         self.graph.replay()

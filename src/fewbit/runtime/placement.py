@@ -10,7 +10,7 @@ import torch
 
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
-from fewbit.kernels import _nvrtc
+from fewbit.kernels._nvrtc import missing
 from fewbit.source import Source
 
 CPU = torch.device("cpu")
@@ -157,7 +157,7 @@ def _unusable(card: Card) -> str | None:
     if card.capability < LEAST_CAPABILITY:
         have, need = (".".join(map(str, c)) for c in (card.capability, LEAST_CAPABILITY))
         return f"{card.name} has compute capability {have}; the kernels need {need}"
-    return _nvrtc.missing()
+    return missing()
 
 
 def too_large(wanted: Plan, card: Card) -> FewbitError:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fewbit.errors import FewbitError
 
 if TYPE_CHECKING:
-    from fewbit.kernels._cuda_ops import Chooser
+    from fewbit.kernels._cuda_ops import Choice, Chooser
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -79,15 +79,28 @@ class Sampler:
         s = self.sampling
         if s.repetition_penalty != 1.0 and history:
             logits = _penalized(logits, history, s.repetition_penalty)
-        if logits.is_cuda and (choose := _on_card(logits.device)):
-            t = s.temperature if s.temperature >= GREEDY_BELOW else 0.0
-            point = float(torch.rand((), dtype=torch.float64, generator=self.random)) if t else 0.0
-            return choose(logits[None], t, s.top_k, s.top_p, s.min_p, [point])[0]
+        if logits.is_cuda and (choice := self.start(logits)):
+            return choice.tokens()[0]
         logits = logits.cpu()
         if s.temperature < GREEDY_BELOW:
             return greedy(logits)
         values, ids = candidates(np.divide(logits.numpy(), s.temperature, dtype=np.float32), s)
         return int(ids[self._draw(np.exp(values - values.max()))])
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether it must know the tokens before."""
+        return self.sampling.repetition_penalty != 1.0
+
+    def start(self, logits: Tensor) -> Choice | None:
+        """Begin to choose from logits [vocab] on a card, without a look back; None where nothing can choose there."""
+        choose = _on_card(logits.device)
+        if choose is None:
+            return None
+        s = self.sampling
+        t = s.temperature if s.temperature >= GREEDY_BELOW else 0.0
+        point = float(torch.rand((), dtype=torch.float64, generator=self.random)) if t else 0.0
+        return choose(logits[None], t, s.top_k, s.top_p, s.min_p, [point])
 
     def _draw(self, p: Floats) -> int:
         """An index with probabilities in proportion to p: where a uniform number falls among their running sums."""
@@ -103,7 +116,7 @@ class Sampler:
 def greedy(logits: Tensor) -> int:
     """The likeliest token of logits float32 [vocab]."""
     if logits.is_cuda and (choose := _on_card(logits.device)):
-        return choose(logits[None], 0.0, 0, 1.0, 0.0, [0.0])[0]
+        return choose(logits[None], 0.0, 0, 1.0, 0.0, [0.0]).tokens()[0]
     return int(logits.cpu().numpy().argmax())
 
 

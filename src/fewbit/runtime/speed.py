@@ -20,7 +20,7 @@ from fewbit.random_models import RandomCheckpoint
 from fewbit.runtime.cache import Sequence
 from fewbit.runtime.engine import LanguageModel, checked_context, load, set_threads
 from fewbit.runtime.placement import place
-from fewbit.runtime.sampler import greedy
+from fewbit.runtime.sampler import Sampler, Sampling
 from fewbit.source import Source
 
 if TYPE_CHECKING:
@@ -188,8 +188,11 @@ def time_once(model: LanguageModel, prompt: int, new: int) -> tuple[float, float
         logits = model.prefill(sequence, ids)
         model.synchronize()
         middle = time.perf_counter()
-        for _ in range(new):
-            logits = model.forward([(sequence, [greedy(logits)])])[0]
+        # the last token is not only chosen but run as well
+        for token in model.tokens(sequence, logits, Sampler(Sampling()), [], new, None):
+            last = token
+        model.forward([(sequence, [last])])
+        model.synchronize()
         return middle - start, time.perf_counter() - middle
     finally:
         model.allocator.truncate(sequence, 0)

@@ -26,6 +26,7 @@ __device__ __forceinline__ u64 mass(float x, float top, float inverse) {
 // best[row] becomes at least (order of the largest logit, inverted id) of this block's part of a row; begins with 0.
 // grid (parts, rows); the lowest id of equal logits wins.
 extern "C" __global__ void __launch_bounds__(256) largest(const float* logits, int vocab, u64* best) {
+  wait_for_inputs();
   const float* row = logits + static_cast<long long>(blockIdx.y) * vocab;
   u64 mine = 0;
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < vocab; i += gridDim.x * blockDim.x) {
@@ -50,6 +51,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) draw(const float* logits,
   __shared__ u64 sums[kThreads];
   __shared__ u64 passed;
   __shared__ int found;
+  wait_for_inputs();
   const float* row = logits + static_cast<long long>(blockIdx.x) * vocab;
   const int thread = threadIdx.x;
   if (best[blockIdx.x] == kBroken) {
@@ -145,6 +147,17 @@ extern "C" __global__ void __launch_bounds__(kThreads) draw(const float* logits,
       }
     }
   }
+}
+
+// found [rows] in the spelling of `largest` -> tokens [rows], -1 where there is none; ids [rows] are those that are there.
+extern "C" __global__ void settle(const u64* found, long long* tokens, long long* ids, int rows) {
+  wait_for_inputs();
+  const int row = blockIdx.x * blockDim.x + threadIdx.x;
+  if (row >= rows) return;
+  const u64 key = found[row];
+  const long long id = static_cast<long long>(~static_cast<u32>(key));
+  tokens[row] = key == kBroken ? -1 : id;
+  ids[row] = key == kBroken ? 0 : id;
 }
 
 // Reads `count` times 16 bytes; what it adds up is written only where it is a number that it hardly ever is.

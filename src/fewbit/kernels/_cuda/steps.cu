@@ -19,7 +19,7 @@ constexpr int kWarp = 32;
 constexpr int kTile = 64;
 // a sequence is cut by its length alone, so that its sums do not depend on what runs beside it
 constexpr int kMostSplits = 32;
-constexpr int kAttendThreads = 128;
+constexpr int kAttendThreads = 256;
 constexpr float kLargestHalf = 65504.f;
 constexpr float kNothing = -1e30f;
 
@@ -175,7 +175,7 @@ extern "C" __global__ void rotate_append(const float* qkv, const float* cosines,
 //   qkv [S, (heads + 2 kv) * WIDTH]   cos, sin [S, WIDTH / 2]   slots, lengths [S]   pages [S, P]
 //   keys, values [R, kv, WIDTH]       out [S, heads * WIDTH], or halves of `tokens` tokens, these from `first_token` on
 //   partial [S, heads, kMostSplits, WIDTH]   stats [S, heads, kMostSplits] (largest score, sum)   counters [S, blocks]
-extern "C" __global__ void __launch_bounds__(kAttendThreads)
+extern "C" __global__ void __launch_bounds__(kAttendThreads, 1)
     attend_one(const float* qkv, const float* cosines, const float* sines, const long long* slots,
                const long long* lengths, const long long* pages, int pages_each, int page_size, u16* keys,
                u16* values, int heads, int kv_heads, float scale, float* partial, float2* stats, unsigned* counters,
@@ -194,8 +194,6 @@ extern "C" __global__ void __launch_bounds__(kAttendThreads)
   __shared__ __align__(16) float scores[kTile][kStride];
   __shared__ float highest[SHARING], total[SHARING], shrink[SHARING];
   __shared__ __align__(16) float sums[kWarps][SHARING * WIDTH];
-  __shared__ float weights[SHARING][kMostSplits];
-  __shared__ float whole[SHARING];
   __shared__ bool is_last;
 
   const int s = blockIdx.z, split = blockIdx.x, thread = threadIdx.x;
@@ -407,29 +405,23 @@ extern "C" __global__ void __launch_bounds__(kAttendThreads)
   if (!is_last) return;
   __threadfence();
 
-  for (int g = warp; g < SHARING; g += kWarps) {
-    const int l = thread % kWarp;
-    float2 found = make_float2(kNothing, 0.f);
-    if (l < splits) found = __ldcg(stats + (first + g) * kMostSplits + l);
-    const float share = exp2f(found.x - warp_max(found.x));
-    weights[g][l] = l < splits ? share : 0.f;
-    const float all = warp_sum(l < splits ? share * found.y : 0.f);
-    if (l == 0) whole[g] = 1.f / all;
-  }
-  __syncthreads();
-  for (int i = thread; i < SHARING * WIDTH / 4; i += kAttendThreads) {
-    const int g = i / (WIDTH / 4);
-    const float4* from =
-        reinterpret_cast<const float4*>(partial + (first + g) * kMostSplits * WIDTH) + i % (WIDTH / 4);
+  for (int i = 4 * thread; i < SHARING * WIDTH; i += 4 * kAttendThreads) {
+    const long long range_of = (first + i / WIDTH) * kMostSplits;
+    const float4* from = reinterpret_cast<const float4*>(partial + range_of * WIDTH + i % WIDTH);
     float4 all = make_float4(0.f, 0.f, 0.f, 0.f);
+    float top = kNothing, sum_of_all = 0.f;
 #pragma unroll 8
     for (int j = 0; j < splits; j++) {
+      const float2 stat = __ldcg(stats + range_of + j);
       const float4 part = __ldcg(from + j * (WIDTH / 4));
-      const float w = weights[g][j];
-      all.x += w * part.x, all.y += w * part.y, all.z += w * part.z, all.w += w * part.w;
+      const float higher = fmaxf(top, stat.x), old = exp2f(top - higher), w = exp2f(stat.x - higher);
+      all.x = all.x * old + w * part.x, all.y = all.y * old + w * part.y;
+      all.z = all.z * old + w * part.z, all.w = all.w * old + w * part.w;
+      sum_of_all = sum_of_all * old + w * stat.y;
+      top = higher;
     }
-    const float w = whole[g];
-    give(4 * i, make_float4(all.x * w, all.y * w, all.z * w, all.w * w));
+    const float by = 1.f / sum_of_all;
+    give(i, make_float4(all.x * by, all.y * by, all.z * by, all.w * by));
   }
   fill_up();
   if (thread == 0) *counter = 0;
