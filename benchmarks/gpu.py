@@ -1,6 +1,6 @@
 """Whole models on one NVIDIA card, with random weights of true shapes, against what the card gives in the same run.
 
-    python benchmarks/gpu.py [--only NAME,NAME] [--rounds 3] [--json]
+    python benchmarks/gpu.py [--only NAME,NAME] [--rounds 3] [--agreement MODEL] [--json]
 
 decode    tokens/s after a short prompt; its share: bytes of weights a token reads times tokens a second, over the rate
           at which cuBLAS reads f16 weights for one token (llama.cpp's rows in the marks were held against that; a plain
@@ -26,6 +26,7 @@ import torch
 from _marks import Mark, finish
 from torch.nn import functional as F
 
+import fewbit
 from fewbit.kernels._card_ceilings import card_ceilings
 from fewbit.kernels._cuda_ops import CudaOps
 from fewbit.kernels.ops import Batch, Layer
@@ -182,11 +183,38 @@ def run(case: Case, ceiling: float, rounds: int) -> dict[str, Any]:
     return found
 
 
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):\n",
+    "Once upon a time, in a small village by the sea,",
+    "Water boils at a hundred degrees because",
+    "Die drei wichtigsten Städte in Deutschland sind",
+]
+
+
+def agreement(model: str) -> dict[str, float]:
+    """5 prompts x 32 greedy tokens of the CPU's exact run, teacher-forced on the card: mean KL(CPU || card) in nats,
+    and the largest gap by which a choice of the card lies below the CPU's top.
+    """
+    here, there = fewbit.load(model, exact=True, device="cpu"), fewbit.load(model, device="cuda:0")
+    kl, gap = [], 0.0
+    for prompt in PROMPTS:
+        one, other = Sequence(), Sequence()
+        ids = here.tokenizer.encode(prompt)
+        for _ in range(32):
+            p, q = (m.forward([(s, ids)])[0].cpu().double().log_softmax(0) for m, s in ((here, one), (there, other)))
+            kl.append(float((p.exp() * (p - q)).sum()))
+            gap = max(gap, float(p.max() - p[q.argmax()]))
+            ids = [int(p.argmax())]
+    return {"kl": statistics.mean(kl), "gap": gap}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help=", ".join(case.name for case in CASES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="all figures of a model, in its line")
+    parser.add_argument("--agreement", metavar="MODEL", help="a real model to run here and on the CPU as well")
     args = parser.parse_args()
     only = [name for name in args.only.split(",") if name]
     machine = card_ceilings(torch.device("cuda", 0))
@@ -219,6 +247,9 @@ def main() -> None:
             marks.append(Mark(f"{case.name} prefill over f16", found["prefill_ratio"], case.prefill, at_least=True))
         if case.memory:
             marks.append(Mark(f"{case.name} bytes on the card", found["card_bytes"], case.memory))
+    if args.agreement:
+        found = figures["agreement"] = agreement(args.agreement)
+        marks += [Mark("mean KL to the CPU", found["kl"], 0.01), Mark("largest gap of a choice", found["gap"], 0.1)]
     finish("gpu", marks, figures)
 
 

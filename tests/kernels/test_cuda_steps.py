@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fewbit.kernels import _nvrtc
 from fewbit.kernels._cuda_ops import Chooser, CudaOps, CudaStack, sharing
+from fewbit.kernels.cuda import Cuda, Halves
 from fewbit.kernels.ops import Batch, Layer, Ops, Stack
 
 PAGE = 256
@@ -60,6 +61,32 @@ def test_gated(card: torch.device, random: Callable[..., Tensor], tokens: int, n
     x = random(tokens, 2 * n).clamp(-50, 50).to(card)
     expected = F.silu(x[:, :n].double()) * x[:, n:].double()
     assert error(CudaOps(card).gated(x, "silu"), expected) < 1e-6
+
+
+def unpacked(x: Halves) -> Tensor:
+    """Halves as float32 [T, columns]; what lies behind the last column must be zero."""
+    flat = x.values.float().transpose(0, 1).flatten(1)
+    assert not flat[:, x.columns :].any()
+    found = flat[:, : x.columns]
+    return found if x.scales is None else found * x.scales[:, None]
+
+
+@pytest.mark.parametrize(("tokens", "n"), [(1, 64), (3, 576), (2, 8192), (5, 28672)])
+@pytest.mark.parametrize("size", [1e-7, 1.0, 3e5])
+def test_activations_as_halves(
+    card: torch.device, random: Callable[..., Tensor], tokens: int, n: int, size: float, nan_outputs: None
+) -> None:
+    x = (random(tokens, n) * size).to(card)
+    ops, backend = CudaOps(card), Cuda()
+    found, theirs = ops.halves(x), backend.halve(x)
+    assert found is not None
+    assert found.scales is not None
+    assert torch.equal(unpacked(found), unpacked(theirs))
+    assert error(unpacked(found), x) < 1e-3
+    if n <= 8192:
+        weight = random(n, seed=2).to(card) * size
+        expected = F.rms_norm(x.double(), (n,), weight.double(), 1e-30)
+        assert error(unpacked(ops.norm_halves(x, weight, 1e-30)), expected) < 1e-3
 
 
 def test_heads_a_block_serves() -> None:
@@ -181,6 +208,12 @@ def test_attention_of_one_token_is_the_definition_and_knows_no_neighbours(
         assert (one != other).sum() <= 0.01 * len(lengths) * kv * width + 2
     again, _ = run(slice(None))
     assert torch.equal(again, found)
+    # as the products take it
+    halves = torch.full((-(-heads * width // 128) * 4, len(lengths), 32), torch.nan, dtype=torch.float16, device=card)
+    cache = tuple(c.to(card) for c in caches)
+    tables = (t.to(card) for t in (qkv, cos, sin))
+    stack._attend_one(layer, *tables, cache, moved(batch, card), halves)  # type: ignore[arg-type]
+    assert torch.equal(unpacked(Halves(halves, None, heads * width)).cpu(), found.half().float())
 
 
 def test_other_layers_run_by_the_definitions(card: torch.device) -> None:

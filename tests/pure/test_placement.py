@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_told_with_the_plans_numbers(
     assert all(
         word in facts for word in ("weights 3", "cache 1.25 GiB", "workspace", "24.00 GiB of 80.00 GiB are free")
     )
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (GIB, 24 * GIB))
     said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 24 GiB"
     error = out_of_memory(plan(source, 4096, exact=False), torch.device("cuda", 0), said)
     assert "1.00 GiB of 24.00 GiB are free now. CUDA out of memory." in error.facts

@@ -28,9 +28,9 @@ MOST_SHARING = 8
 MOST_SHARED_NUMBERS = 1024
 # sequences of one step whose partial sums have room
 SEQUENCES = 16
-# a token's hidden state lies in the registers of one block
-MOST_HIDDEN = 1024 * 16
-STEPS = ("add_norm", "gated_silu", "rotate_append", "attend_one")
+# a token's hidden state, or its gated product, lies in the registers of one block
+MOST_HIDDEN, MOST_GATED = 1024 * 16, 1024 * 32
+STEPS = ("add_norm", "halve_row", "gated_silu", "rotate_append", "attend_one")
 
 
 def sharing(heads: int, kv_heads: int, width: int) -> int:
@@ -71,10 +71,18 @@ class CudaOps(Ops):
     def norm_halves(self, x: Tensor, weight: Tensor, eps: float) -> Halves:
         """The norm of x [T, n] as the products take it."""
         tokens, n = x.shape
-        values = torch.empty(-(-n // 128) * 4, tokens, 32, dtype=torch.float16, device=x.device)
-        scales = torch.empty(tokens, device=x.device)
-        self._add_norm(x, None, weight, eps, None, values, scales)
-        return Halves(values, scales, n)
+        found = _no_halves(tokens, n, x.device)
+        self._add_norm(x, None, weight, eps, None, found.values, found.scales)
+        return found
+
+    def halves(self, x: Tensor) -> Halves | None:
+        """x [T, n] as the products take it; None where a row is too long for the registers of a block."""
+        tokens, n = x.shape
+        if n % 4 or -(-n // 128) * 128 > MOST_GATED:
+            return None
+        found = _no_halves(tokens, n, x.device)
+        _run(self.kernels()["halve_row"], (tokens, 1, 1), 1024, *_pointers(x, found.values, found.scales), c_int(n))
+        return found
 
     def _add_norm(
         self,
@@ -158,15 +166,15 @@ class CudaStack(Stack):
         backend, ops = _backend(layer), self.cuda
         qkv = backend.multiply(ops.norm_halves(x, layer.attention_norm, layer.eps), _packed(layer.qkv))
         columns = layer.heads * layer.width
-        values = torch.empty(-(-columns // 128) * 4, len(x), 32, dtype=torch.float16, device=x.device)
-        self._attend_one(layer, qkv, cos, sin, cache, batch, values)
-        backend.multiply(Halves(values, None, columns), _packed(layer.o), add=x, out=x)
+        attended = _no_halves(len(x), columns, x.device)
+        self._attend_one(layer, qkv, cos, sin, cache, batch, attended.values)
+        backend.multiply(Halves(attended.values, None, columns), _packed(layer.o), add=x, out=x)
         normed, gate_up = ops.norm_halves(x, layer.mlp_norm, layer.eps), _packed(layer.gate_up)
         if backend.can_gate(gate_up):
             gated = backend.gated(normed, gate_up)
         else:
             gated = ops.gated(backend.multiply(normed, gate_up), layer.activation)
-        backend.multiply(backend.halve(gated), _packed(layer.down), add=x, out=x)
+        backend.multiply(ops.halves(gated) or backend.halve(gated), _packed(layer.down), add=x, out=x)
 
     def _attend_one(
         self,
@@ -188,7 +196,7 @@ class CudaStack(Stack):
         kernel = self.cuda.kernels(width, shared)["attend_one"]
         for first in range(0, tokens, SEQUENCES):
             here = slice(first, first + SEQUENCES)
-            grid = (splits, heads // shared, min(SEQUENCES, tokens - first))
+            grid = (heads // shared, min(SEQUENCES, tokens - first), splits)
             tables = (t[here] for t in (qkv, cos, sin, batch.slots, batch.lengths, batch.pages))
             args = [*_pointers(*tables), c_int(batch.pages.shape[1]), c_int(batch.page_size), *_pointers(*cache)]
             args += [c_int(heads), c_int(kv), c_float(width**-0.5), *_pointers(*self._room)]
@@ -304,6 +312,12 @@ def chooser(device: torch.device) -> Chooser | None:
 def _run(kernel: Any, grid: tuple[int, int, int], threads: int, *args: Any) -> None:
     # all kernels here wait for the one before by themselves, so each may start early
     kernel.launch(grid, (threads, 1, 1), args, dependent=True)
+
+
+def _no_halves(tokens: int, columns: int, device: torch.device) -> Halves:
+    """Room for the activations of some tokens."""
+    values = torch.empty(-(-columns // 128) * 4, tokens, 32, dtype=torch.float16, device=device)
+    return Halves(values, torch.empty(tokens, device=device), columns)
 
 
 def _pointers(*tensors: Tensor | None) -> list[c_void_p]:

@@ -69,6 +69,12 @@ __device__ __forceinline__ long long place_of(int column, int token, int tokens)
   return (static_cast<long long>(column / 32) * tokens + token) * 32 + column % 32;
 }
 
+// The power of two that a token of largest magnitude `top` is divided by, as halve.cu has it.
+__device__ __forceinline__ int power_of(float top) {
+  const int exponent = static_cast<int>(__float_as_uint(top) >> 23) - 127;
+  return top > 0.f && exponent < 128 && (exponent < -8 || exponent > 14) ? max(exponent - 14, -126) : 0;
+}
+
 // x [T, n] += delta [T, n] (where there is one); the norm is x over the root of its mean square, times weight [n], and
 // goes to out [T, n], or to halves with `scales` [T], powers of two by which they are too small. One block a token; n is a
 // multiple of 4 and at most 16 * blockDim.x.
@@ -105,9 +111,7 @@ extern "C" __global__ void __launch_bounds__(1024)
   }
   block_sum_and_max(sum, top, sums, tops);
   const float r = rsqrtf(sum / n + eps);
-  // as halve.cu scales
-  const int exponent = static_cast<int>(__float_as_uint(top * r) >> 23) - 127;
-  const int by = top * r > 0.f && exponent < 128 && (exponent < -8 || exponent > 14) ? max(exponent - 14, -126) : 0;
+  const int by = power_of(top * r);
   const float factor_of_halves = r * __uint_as_float(static_cast<u32>(127 - by) << 23);
   if (halves && threadIdx.x == 0) scales[token] = __uint_as_float(static_cast<u32>(127 + by) << 23);
 #pragma unroll
@@ -126,6 +130,39 @@ extern "C" __global__ void __launch_bounds__(1024)
   if (halves)
     for (int c = n + 4 * threadIdx.x; c < (n + 127) / 128 * 128; c += 4 * threads)
       *reinterpret_cast<uint2*>(halves + place_of(c, token, tokens)) = make_uint2(0, 0);
+}
+
+// x [T, n] as halves, `scales` as above. One block a token; n is a multiple of 4 and at most 32 * blockDim.x.
+extern "C" __global__ void __launch_bounds__(1024) halve_row(const float* x, u16* halves, float* scales, int n) {
+  __shared__ float sums[kWarp], tops[kWarp];
+  const int quads = n / 4, threads = blockDim.x, token = blockIdx.x, tokens = gridDim.x;
+  const float4* mine = reinterpret_cast<const float4*>(x) + static_cast<long long>(token) * quads;
+  wait_for_inputs();
+  let_next_begin();
+  float4 held[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const int at = threadIdx.x + i * threads;
+    held[i] = at < quads ? mine[at] : make_float4(0.f, 0.f, 0.f, 0.f);
+  }
+  float top = 0.f, none = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const float4 h = held[i];
+    top = fmaxf(top, fmaxf(fmaxf(fabsf(h.x), fabsf(h.y)), fmaxf(fabsf(h.z), fabsf(h.w))));
+  }
+  block_sum_and_max(none, top, sums, tops);
+  const int by = power_of(top);
+  const float f = __uint_as_float(static_cast<u32>(127 - by) << 23);
+  if (threadIdx.x == 0) scales[token] = __uint_as_float(static_cast<u32>(127 + by) << 23);
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const int at = threadIdx.x + i * threads;
+    const float4 h = held[i];
+    if (at < (n + 127) / 128 * 32)
+      *reinterpret_cast<uint2*>(halves + place_of(4 * at, token, tokens)) =
+          make_uint2(half2_of(h.x * f, h.y * f), half2_of(h.z * f, h.w * f));
+  }
 }
 
 // gate_up [T, 2n], gate first -> out [T, n] = silu(gate) * up; n is a multiple of 4.
@@ -168,7 +205,7 @@ extern "C" __global__ void rotate_append(const float* qkv, const float* cosines,
 
 // One new token a sequence: rotate its query and key, append key and value to the cache, attend to all of its rows.
 //
-// Block (split, b, s) serves query heads b * SHARING .. of sequence s over one range of positions and reads each row
+// Block (b, s, split) serves query heads b * SHARING .. of sequence s over one range of positions and reads each row
 // once for all of them. A sequence of length L is cut into ranges of whole tiles, at most kMostSplits; the last block to
 // finish adds the ranges up in their order, so the sum is the same whichever that is. A length of 0 is no sequence.
 //
@@ -196,8 +233,9 @@ extern "C" __global__ void __launch_bounds__(kAttendThreads, 1)
   __shared__ __align__(16) float sums[kWarps][SHARING * WIDTH];
   __shared__ bool is_last;
 
-  const int s = blockIdx.z, split = blockIdx.x, thread = threadIdx.x;
-  const int first_head = blockIdx.y * SHARING, kv = first_head / (heads / kv_heads);
+  // the ranges there are come first: blocks without one hold up none that has
+  const int s = blockIdx.y, split = blockIdx.z, thread = threadIdx.x;
+  const int first_head = blockIdx.x * SHARING, kv = first_head / (heads / kv_heads);
   const int lane = thread % kLanes, row = thread / kLanes, warp = thread / kWarp;
   // written before the step began
   const int length = static_cast<int>(lengths[s]);
@@ -205,11 +243,7 @@ extern "C" __global__ void __launch_bounds__(kAttendThreads, 1)
   const int range = (tiles + kMostSplits - 1) / kMostSplits * kTile;
   const int splits = range ? (length + range - 1) / range : 0;
   let_next_begin();
-  if (split >= max(splits, 1)) {
-    // what waits for this kernel relies on the one before it being over as well
-    wait_for_inputs();
-    return;
-  }
+  if (split >= max(splits, 1)) return;
   // a weighted mean of cached numbers is one that a half holds
   auto give = [&](int i, float4 y) {
     const int column = first_head * WIDTH + i;
@@ -221,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(kAttendThreads, 1)
   };
   auto fill_up = [&] {
     const int columns = heads * WIDTH;
-    if (halves && blockIdx.y == gridDim.y - 1)
+    if (halves && blockIdx.x == gridDim.x - 1)
       for (int c = columns + 4 * thread; c < (columns + 127) / 128 * 128; c += 4 * kAttendThreads)
         *reinterpret_cast<uint2*>(halves + place_of(c, first_token + s, tokens)) = make_uint2(0, 0);
   };
@@ -399,7 +433,7 @@ extern "C" __global__ void __launch_bounds__(kAttendThreads, 1)
   if (thread < SHARING) stats[(first + thread) * kMostSplits + split] = make_float2(highest[thread], total[thread]);
   __threadfence();
   __syncthreads();
-  unsigned* counter = counters + s * gridDim.y + blockIdx.y;
+  unsigned* counter = counters + s * gridDim.x + blockIdx.x;
   if (thread == 0) is_last = atomicAdd(counter, 1u) == splits - 1;
   __syncthreads();
   if (!is_last) return;
