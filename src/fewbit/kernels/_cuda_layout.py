@@ -16,6 +16,7 @@ Columns and rows are filled up with scales of 0. Two matrices of the same shape 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -33,24 +34,53 @@ SPANS = (128, 64, 32)
 Field = tuple[int, int, int, int]
 
 
-def _plain(bits: int) -> list[list[Field]]:
-    """As many whole codes as 16 bits hold; what is left at the top holds the bits of the last pair."""
-    each = 16 // bits
-    fields: list[list[Field]] = [[(pair // each, pair % each * bits, 0, bits)] for pair in range(bits * each)]
-    return fields if len(fields) == PAIRS else [*fields, [(bit, 15, bit, 1) for bit in range(bits)]]
+def pair_of(four: int, member: int) -> int:
+    """The number of one of the four pairs of a thread's row `four` (of row, row + 8, row + 16, row + 24)."""
+    return four // 2 * 8 + member * 2 + four % 2
+
+
+def _two() -> list[list[Field]]:
+    return _placed((pair_of(i % 4, i // 4 * 2 + r), r, 2 * i, 0, 2) for r in range(2) for i in range(8))
+
+
+def _three() -> list[list[Field]]:
+    """Five codes in 16 bits; the bits that are left in three words hold the last pair."""
+    places = [(pair_of(four, r), r, at, 0, 3) for r in range(3) for four, at in ((0, 0), (1, 3), (3, 6), (2, 12))]
+    places += [(pair_of(r, 3), r, 9, 0, 3) for r in range(3)]
+    return _placed(places + [(pair_of(3, 3), r, 15, r, 1) for r in range(3)])
+
+
+def _four() -> list[list[Field]]:
+    return _placed((pair_of(i, r), r, 4 * i, 0, 4) for r in range(4) for i in range(4))
+
+
+def _five() -> list[list[Field]]:
+    """Three codes in 16 bits; the bits that are left in five words hold the last pair."""
+    places = [(pair_of(2 * i + r // 4, r % 4), r, 5 * i, 0, 5) for r in range(5) for i in range(2)]
+    places += [(pair_of(1, 1 + r) if r < 3 else pair_of(3, r - 2), r, 10, 0, 5) for r in range(5)]
+    return _placed(places + [(pair_of(3, 3), r, 15, r, 1) for r in range(5)])
 
 
 def _six() -> list[list[Field]]:
     """Four low bits in four words, two high ones in two."""
-    return [[(i // 4, i % 4 * 4, 0, 4), (4 + i // 8, i % 8 * 2, 4, 2)] for i in range(PAIRS)]
+    low = [(i, i // 4, i % 4 * 4, 0, 4) for i in range(PAIRS)]
+    return _placed(low + [(i, 4 + i // 8, i % 8 * 2, 4, 2) for i in range(PAIRS)])
 
 
 def _eight() -> list[list[Field]]:
-    return [[(i // 2, i % 2 * 8, 0, 8)] for i in range(PAIRS)]
+    return _placed((i, i // 2, i % 2 * 8, 0, 8) for i in range(PAIRS))
 
 
-# of codes of so many bits, for each of the 16 pairs, where its bits lie
-FIELDS: dict[int, list[list[Field]]] = {2: _plain(2), 3: _plain(3), 4: _plain(4), 5: _plain(5), 6: _six(), 8: _eight()}
+def _placed(places: Iterable[tuple[int, int, int, int, int]]) -> list[list[Field]]:
+    """(pair, *field) in any order -> the fields of each pair."""
+    fields: list[list[Field]] = [[] for _ in range(PAIRS)]
+    for pair, *field in places:
+        fields[pair].append((field[0], field[1], field[2], field[3]))
+    return fields
+
+
+# of codes of so many bits, for each of the 16 pairs, where its bits lie; codes.cuh takes them from there
+FIELDS: dict[int, list[list[Field]]] = {2: _two(), 3: _three(), 4: _four(), 5: _five(), 6: _six(), 8: _eight()}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Activations are rounded to halves once, each token first scaled by a power of two where its magnitude asks for it;
 weights are exact; sums are in float32. Up to `FUSED_TOKENS` tokens the packed weights are multiplied as they are, in
-one pass over them for 8 or 16 tokens, and a token's results do not depend on the tokens beside it. More tokens: weights
+one pass over them for 8 or 16 tokens; a token's results depend on the number of tokens beside it (1 .. 8, 9 .. 16, more),
+not on what they are. More tokens: weights
 are written out as halves, rounded, in slices of at most 64 MB, and multiplied by cuBLAS. 7-bit codes take a byte. The
 sources are compiled at first use (see _nvrtc.py).
 
@@ -27,7 +28,7 @@ from fewbit.kernels._nvrtc import Arguments, Kernel
 from fewbit.qtensor import QTensor
 
 # tokens that are multiplied without writing the weights out
-FUSED_TOKENS = 64
+FUSED_TOKENS = 128
 # bytes of weights that are written out at a time
 EXPANDED_BYTES = 64 << 20
 LEAST_ARCH = 80
@@ -223,13 +224,13 @@ def _product(part: Part, x: Halves, out: int, add: int, stride: int, gated: bool
     """One launch: `part` times all tokens of x."""
     device = part.codes.device.index
     wide = 1 if x.tokens <= 8 else 2 if x.tokens <= 16 else 4
-    shape = shape_for(part.kind, part.blocks, part.tiles, wide)
+    shape = shape_for(part.kind, part.blocks, part.tiles, wide, _most_shared(device))
     output = _Output(0 if x.scales is None else x.scales.data_ptr(), add, out, stride, part.rows, part.pair)
     counts = [ctypes.c_int(n) for n in (part.blocks, part.tiles, x.tokens)]
     args = Arguments(_weights(part), _pointer(x.values), output, *counts)
-    grid = (-(-part.blocks // shape.row_warps), -(-x.tokens // (8 * wide)), 1)
+    grid = (-(-part.blocks // (shape.row_warps * shape.row_blocks)), -(-x.tokens // (8 * wide)), 1)
     kernel = _multiplying(part.kind, shape, wide, gated, device)
-    kernel.launch(grid, (32 * shape.row_warps * shape.column_warps, 1, 1), args, dependent=True)
+    kernel.launch(grid, (32 * shape.warps, 1, 1), args, shape.shared(part.kind), dependent=True)
 
 
 def _dense_part(part: Part, halves: Tensor, y: Tensor) -> None:
@@ -249,6 +250,12 @@ def _dense_part(part: Part, halves: Tensor, y: Tensor) -> None:
             ranges = [(0, part.first + 32 * first, min(32 * blocks, part.rows - 32 * first))]
         for start, to, rows in ranges:
             torch.mm(halves, room[start : start + rows].t(), torch.float32, out=y[:, to : to + rows])
+
+
+@cache
+def _most_shared(device: int) -> int:
+    """Bytes of shared memory that a block may ask for."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 @cache
