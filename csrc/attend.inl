@@ -1,14 +1,13 @@
-// Paged attention of a few new tokens, on the vectors of ops.inl. A token's result depends on the rows it sees and on
-// nothing else of the batch.
+// Paged attention of some new tokens over a chunk of cached rows, on the vectors of ops.inl. A token's result depends on
+// the rows it sees and on nothing else of the batch.
 
 namespace fewbit {
 namespace {
 
 // Query heads that share a pass over the cached rows; more would not fit the registers.
 constexpr int kHeadsAtOnce = 4;
-
-inline Vec load_cached(const float *p) { return load_vec(p); }
-inline Vec load_cached(const uint16_t *p) { return Isa::load_half(p); }
+// From so many new tokens on, the chunk's rows are widened to floats once and not once a token.
+constexpr int kCopyFrom = 3;
 
 template <int... L>
 struct Lanes {};
@@ -33,18 +32,19 @@ struct PerHead {
 };
 
 // Lane l: what has to be added up, over the lanes that equal l modulo N, to the product of q and cached row l mod N.
-template <class Cached, int H, int N>
-inline PerHead<H> dots(const Cached *keys, const int64_t *rows, const float *q, int width) {
+template <class Row, int H, int N>
+inline PerHead<H> dots(const uint8_t *keys, const int64_t *rows, const float *q, int width) {
     if constexpr (N == 1) {
         PerHead<H> sums{};
+        const Row row(keys + rows[0], width);
         for (int d = 0; d < width; d += kLanes) {
-            const Vec k = load_cached(keys + rows[0] + d);
+            const Vec k = row.load(d);
             for (int h = 0; h < H; ++h) sums.v[h] += load_vec(q + h * width + d) * k;
         }
         return sums;
     } else {
-        PerHead<H> sums = dots<Cached, H, N / 2>(keys, rows, q, width);
-        const PerHead<H> others = dots<Cached, H, N / 2>(keys, rows + N / 2, q, width);
+        PerHead<H> sums = dots<Row, H, N / 2>(keys, rows, q, width);
+        const PerHead<H> others = dots<Row, H, N / 2>(keys, rows + N / 2, q, width);
         for (int h = 0; h < H; ++h) {
             sums.v[h] = fold<N / 2>(sums.v[h], others.v[h], typename CountLanes<kLanes>::Type());
         }
@@ -80,32 +80,31 @@ inline void weigh(float *score, int64_t count, float *out) {
     out[1] = largest;
 }
 
-// V vectors of the weighted values of H heads.
-template <class Cached, int H, int V>
-inline void add_values(const Cached *values, const int64_t *rows, const float *weights, int64_t count, float *out,
-                       int64_t out_stride) {
+// V vectors, from number d on, of the weighted values of H heads.
+template <class Row, int H, int V>
+inline void add_values(const AttendTask &a, int d, const int64_t *rows, const float *weights, int64_t count,
+                       float *out) {
     Vec sums[H][V] = {};
     for (int64_t p = 0; p < count; ++p) {
+        const Row row(a.v_cache + rows[p], a.width);
         Vec value[V];
-        for (int j = 0; j < V; ++j) value[j] = load_cached(values + rows[p] + j * kLanes);
+        for (int j = 0; j < V; ++j) value[j] = row.load(d + j * kLanes);
         for (int h = 0; h < H; ++h) {
             const Vec weight = splat_vec(weights[h * kChunk + p]);
             for (int j = 0; j < V; ++j) sums[h][j] += weight * value[j];
         }
     }
     for (int h = 0; h < H; ++h) {
-        for (int j = 0; j < V; ++j) store_vec(out + h * out_stride + j * kLanes, sums[h][j]);
+        for (int j = 0; j < V; ++j) store_vec(out + h * (a.width + 2) + d + j * kLanes, sums[h][j]);
     }
 }
 
 // H query heads of one new token, the first of them number `row` of the task's results, over `count` cached rows.
-template <class Cached, int H>
+template <class Row, int H>
 void attend_heads(const AttendTask &a, const int64_t *rows, const float *q, int64_t row, int64_t count) {
-    const auto *keys = static_cast<const Cached *>(a.k_cache);
-    const auto *values = static_cast<const Cached *>(a.v_cache);
     float *scores = a.scores + row * kChunk;
     for (int64_t p = 0; p < count; p += kLanes) {
-        const PerHead<H> found = dots<Cached, H, kLanes>(keys, rows + p, q, a.width);
+        const PerHead<H> found = dots<Row, H, kLanes>(a.k_cache, rows + p, q, a.width);
         for (int h = 0; h < H; ++h) store_vec(scores + h * kChunk + p, found.v[h] * a.scale);
     }
     const int64_t entry = a.width + 2;
@@ -113,9 +112,9 @@ void attend_heads(const AttendTask &a, const int64_t *rows, const float *q, int6
     for (int h = 0; h < H; ++h) weigh(scores + h * kChunk, count, out + h * entry + a.width);
     int d = 0;
     for (; d + 4 * kLanes <= a.width; d += 4 * kLanes) {
-        add_values<Cached, H, 4>(values + d, rows, scores, count, out + d, entry);
+        add_values<Row, H, 4>(a, d, rows, scores, count, out);
     }
-    for (; d < a.width; d += kLanes) add_values<Cached, H, 1>(values + d, rows, scores, count, out + d, entry);
+    for (; d < a.width; d += kLanes) add_values<Row, H, 1>(a, d, rows, scores, count, out);
 }
 
 // Cached rows that new token i sees, counted from `begin`, at most the chunk.
@@ -125,12 +124,12 @@ inline int64_t visible(const AttendTask &a, int i) {
     return last > a.begin ? last - a.begin : 0;
 }
 
-// Where the chunk's rows begin in the cache, in elements; after the last one it stands for those to a whole vector.
+// Where the chunk's rows begin in the cache, in bytes; after the last one it stands for those to a whole vector.
 inline void locate(const AttendTask &a, int64_t *rows) {
     int64_t page = a.begin / a.page_size, offset = a.begin % a.page_size;
     const int64_t count = a.end - a.begin;
     for (int64_t p = 0; p < count; ++p) {
-        rows[p] = (a.pages[page] * a.page_size + offset) * a.row_stride;
+        rows[p] = (a.pages[page] * a.page_size + offset) * a.row_bytes;
         if (++offset == a.page_size) {
             offset = 0;
             ++page;
@@ -139,26 +138,43 @@ inline void locate(const AttendTask &a, int64_t *rows) {
     for (int64_t p = count; p % kLanes; ++p) rows[p] = rows[count - 1];
 }
 
-template <class Cached>
-void attend_rows(const AttendTask &a) {
-    int64_t rows[kChunk];
-    locate(a, rows);
+template <class Row>
+void attend_tokens(const AttendTask &a, const int64_t *rows) {
     for (int i = 0; i < a.fresh; ++i) {
         const int64_t count = visible(a, i);
         for (int h = 0; h < a.group; h += kHeadsAtOnce) {
             const float *q = a.q + i * a.q_stride + h * a.width;
             const int64_t row = i * a.group + h;
             switch (a.group - h) {
-                case 1: attend_heads<Cached, 1>(a, rows, q, row, count); break;
-                case 2: attend_heads<Cached, 2>(a, rows, q, row, count); break;
-                case 3: attend_heads<Cached, 3>(a, rows, q, row, count); break;
-                default: attend_heads<Cached, kHeadsAtOnce>(a, rows, q, row, count);
+                case 1: attend_heads<Row, 1>(a, rows, q, row, count); break;
+                case 2: attend_heads<Row, 2>(a, rows, q, row, count); break;
+                case 3: attend_heads<Row, 3>(a, rows, q, row, count); break;
+                default: attend_heads<Row, kHeadsAtOnce>(a, rows, q, row, count);
             }
         }
     }
 }
 
-void attend(const AttendTask &a) { a.half ? attend_rows<uint16_t>(a) : attend_rows<float>(a); }
+template <class Row>
+void attend_rows(const AttendTask &a) {
+    int64_t rows[kChunk];
+    locate(a, rows);
+    if (a.fresh < kCopyFrom) return attend_tokens<Row>(a, rows);
+    float *keys = a.copies, *values = a.copies + kChunk * a.width;
+    for (int64_t p = 0; p < a.end - a.begin || p % kLanes; ++p) {
+        read_head<Row>(a.k_cache + rows[p], a.width, keys + p * a.width);
+        read_head<Row>(a.v_cache + rows[p], a.width, values + p * a.width);
+        rows[p] = p * head_bytes(CacheType::f32, a.width);
+    }
+    AttendTask copied = a;
+    copied.k_cache = reinterpret_cast<const uint8_t *>(keys);
+    copied.v_cache = reinterpret_cast<const uint8_t *>(values);
+    attend_tokens<FloatRow>(copied, rows);
+}
+
+void attend(const AttendTask &a) {
+    with_rows(a.type, [&]<class Row>() { attend_rows<Row>(a); });
+}
 
 }  // namespace
 }  // namespace fewbit

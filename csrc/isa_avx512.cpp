@@ -29,6 +29,9 @@ struct Isa {
         if (type == Scalar::f16) return _mm512_cvtph_ps(h);
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
     }
+    static Floats load_bytes(const uint8_t *p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+    }
     static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
     static Line load_line(const uint8_t *p) { return _mm512_loadu_si512(p); }
@@ -75,6 +78,9 @@ struct Isa {
     static float add_lanes(Vec v) { return _mm512_reduce_add_ps(v); }
     static Vec load_half(const uint16_t *p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+    }
+    static Vec load_bytes(const int8_t *p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
     }
 };
 

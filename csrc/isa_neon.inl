@@ -25,6 +25,11 @@ struct Isa {
         if (type == Scalar::f16) return vcvt_f32_f16(vreinterpret_f16_u16(h));
         return vreinterpretq_f32_u32(vshll_n_u16(h, 16));
     }
+    static Floats load_bytes(const uint8_t *p) {
+        const float found[4] = {static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+                                static_cast<float>(p[3])};
+        return vld1q_f32(found);
+    }
     static Floats multiply_add(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
 
     static Line load_line(const uint8_t *p) { return vld1q_u8(p); }
@@ -66,6 +71,11 @@ struct Isa {
     typedef int32_t IntVec __attribute__((vector_size(16)));
     static float add_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
     static Vec load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+    static Vec load_bytes(const int8_t *p) {
+        int32_t four;
+        memcpy(&four, p, sizeof four);
+        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+    }
 };
 
 }  // namespace

@@ -36,6 +36,11 @@ struct Isa {
         for (int i = 0; i < lanes; ++i) r.v[i] = load_scalar(base, first + i, type);
         return r;
     }
+    static Floats load_bytes(const uint8_t *p) {
+        Floats r;
+        for (int i = 0; i < lanes; ++i) r.v[i] = p[i];
+        return r;
+    }
     static Floats multiply_add(const Floats &a, const Floats &b, const Floats &c) {
         Floats r;
         for (int i = 0; i < lanes; ++i) r.v[i] = a.v[i] * b.v[i] + c.v[i];
@@ -98,6 +103,10 @@ struct Isa {
     static float add_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
     static Vec load_half(const uint16_t *p) {
         return Vec{f16_to_float(p[0]), f16_to_float(p[1]), f16_to_float(p[2]), f16_to_float(p[3])};
+    }
+    static Vec load_bytes(const int8_t *p) {
+        return Vec{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+                   static_cast<float>(p[3])};
     }
 };
 

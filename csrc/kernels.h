@@ -14,22 +14,32 @@ inline constexpr int kRows = 16;
 inline constexpr int kColumns = 32;
 // Tokens whose activations lie side by side and share one unpacking of the weights.
 inline constexpr int kTile = 8;
-// New tokens of a sequence that the paged attention takes; cached rows that one of its tasks reads.
-inline constexpr int kMaxFresh = 16;
+// Cached rows that one task of the paged attention reads.
 inline constexpr int kChunk = 256;
 
 enum class Scalar : int { f32 = 0, f16 = 1, bf16 = 2 };
+
+// What a group adds to scale * code: nothing, a number of its own, or -scale * zero with a byte for its zero point.
+enum class Offsets : int { none = 0, f32 = 1, f16 = 2, zeros = 3 };
+
+// What a cached head of a token is: `width` numbers, of int8 with their scale (bf16) behind them.
+enum class CacheType : int { f32 = 0, f16 = 1, int8 = 2 };
+
+constexpr int64_t head_bytes(CacheType type, int64_t width) {
+    if (type == CacheType::int8) return width + 2;
+    return type == CacheType::f16 ? 2 * width : 4 * width;
+}
 
 // Rows that share code width, span, scale type and kind of zero. Layouts, with B = ceil(columns / 32):
 //   codes    [row_blocks][B][64 * packed_bits]: quad q (columns 4q..4q+3) of row r lies at bytes 4r..4r+3 of a line of
 //            64 bytes. 8 bits: line q. Else a plane of the low 4 bits (2 below 4 bits), then one of the bits that are
 //            left: a plane of p bits has p lines, line i holds quads 8i/p .. 8(i+1)/p - 1, the first in the lowest bits
 //   scales   [row_blocks][groups][16]
-//   offsets  [row_blocks][groups][16], null where `zero` is a constant
+//   offsets  [row_blocks][groups][16] of `offset_type`, null where `zero` is a constant
 struct BlockView {
     const uint8_t *codes;
     const void *scales;
-    const float *offsets;
+    const void *offsets;
     int64_t rows;
     int64_t columns;
     int64_t column_blocks;
@@ -38,6 +48,7 @@ struct BlockView {
     int code_bits;    // codes are below 2^code_bits
     int packed_bits;  // what a code takes: code_bits, or 8
     Scalar scale_type;
+    Offsets offset_type;
     int32_t zero;
 };
 
@@ -54,20 +65,21 @@ struct TileView {
 
 // One task of paged attention: `fresh` new tokens of a sequence, one key-value head, cached rows [begin, end).
 struct AttendTask {
-    const float *q;        // first new token, first query head of this key-value head
-    int64_t q_stride;      // floats from a token's heads to the next token's
-    const void *k_cache;   // [rows][kv_heads][width], already at this head
-    const void *v_cache;
-    bool half;             // caches hold f16, else f32
-    int64_t row_stride;    // elements from one cached row to the next
-    const int64_t *pages;  // page table of the sequence
+    const float *q;          // first new token, first query head of this key-value head
+    int64_t q_stride;        // floats from a token's heads to the next token's
+    const uint8_t *k_cache;  // [rows][kv_heads][head_bytes], already at this head
+    const uint8_t *v_cache;
+    CacheType type;
+    int64_t row_bytes;       // from one cached row to the next
+    const int64_t *pages;    // page table of the sequence
     int64_t page_size;
     int64_t begin, end, length;
-    int fresh, group;      // query heads that share the key-value head
-    int width;             // a multiple of 16
+    int fresh, group;        // query heads that share the key-value head
+    int width;               // a multiple of 16
     float scale;
-    float *scores;         // scratch [fresh * group][kChunk]
-    float *sums;           // out [fresh * group][width + 2]: weighted values, sum of weights, largest score
+    float *scores;           // scratch [fresh * group][kChunk]
+    float *copies;           // scratch [2][kChunk][width]
+    float *sums;             // out [fresh * group][width + 2]: weighted values, sum of weights, largest score
 };
 
 struct KernelTable {

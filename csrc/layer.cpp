@@ -1,14 +1,17 @@
 #include "layer.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
+#include "pool.h"
 #include "product.h"
 
 namespace fewbit {
 namespace {
 
-// Activations inside a layer, kept by the calling thread from step to step.
+// Activations inside a layer, kept by the calling thread from step to step, but for those of more tokens than this.
+constexpr int64_t kKeptTokens = 512;
 struct Scratch {
     std::vector<float> normed, wide, queries, narrow;
 };
@@ -19,7 +22,11 @@ float *room(std::vector<float> &v, int64_t count) {
 }
 
 void add_to(float *y, const float *x, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) y[i] += x[i];
+    constexpr int64_t kPiece = 1 << 15;
+    parallel_for((count + kPiece - 1) / kPiece, [&](int64_t piece) {
+        const int64_t end = std::min(count, (piece + 1) * kPiece);
+        for (int64_t i = piece * kPiece; i < end; ++i) y[i] += x[i];
+    });
 }
 
 // y += o(attention(qkv(norm(y))))
@@ -61,27 +68,28 @@ void feed_forward(const Layer &l, int64_t tokens, Scratch &scratch, float *y) {
 
 }  // namespace
 
-void Stack::set_cache(size_t index, void *keys, void *values, bool half, int64_t rows) {
+void Stack::set_cache(size_t index, uint8_t *keys, uint8_t *values, CacheType type, int64_t rows) {
     Layer &l = layers_.at(index);
-    l.cache = {keys, values, half, rows, l.kv_heads};
+    l.cache = {keys, values, type, rows, l.kv_heads};
 }
 
-Attended Stack::run(const float *x, const Step &step, float *y) const {
-    if (layers_.empty()) return Attended::out_of_range;
+bool Stack::run(size_t first, size_t last, const float *x, const Step &step, float *y) const {
+    if (first >= last || last > layers_.size()) return false;
     // all layers are looked at before the first one writes
-    for (const Layer &l : layers_) {
-        const Attended verdict = check_places(step.sequences, step.tokens, l.cache.rows);
-        if (verdict != Attended::done) return verdict;
-        if (!are_slots(step.slots, step.tokens, l.cache.rows)) return Attended::out_of_range;
+    for (size_t i = first; i < last; ++i) {
+        const Cache &cache = layers_[i].cache;
+        if (!are_places(step.sequences, step.tokens, cache.rows)) return false;
+        if (!are_slots(step.slots, step.tokens, cache.rows)) return false;
     }
     thread_local Scratch scratch;
     const int64_t d = layers_.front().qkv->column_count();
     std::memcpy(y, x, static_cast<size_t>(step.tokens * d) * sizeof(float));
-    for (const Layer &l : layers_) {
-        attention(l, step, scratch, y);
-        feed_forward(l, step.tokens, scratch, y);
+    for (size_t i = first; i < last; ++i) {
+        attention(layers_[i], step, scratch, y);
+        feed_forward(layers_[i], step.tokens, scratch, y);
     }
-    return Attended::done;
+    if (step.tokens > kKeptTokens) scratch = {};
+    return true;
 }
 
 }  // namespace fewbit

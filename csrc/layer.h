@@ -1,5 +1,4 @@
-// Whole decoder layers in one call, for steps of a few tokens: what lies between the products is then as cheap as it can
-// be. Made of the functions of ops.h and product.h, in the order and with the results of Ops.layer in kernels/ops.py.
+// Whole decoder layers in one call: what lies between the products is then as cheap as it can be. Made of the functions of ops.h and product.h, in the order and with the results of Ops.layer in kernels/ops.py.
 #pragma once
 
 #include <cstddef>
@@ -35,11 +34,12 @@ class Stack {
   public:
     void add(const Layer &layer) { layers_.push_back(layer); }
 
-    // Memory of layer `index` for keys and for values, [rows][kv_heads][width] of f16 or f32 each.
-    void set_cache(size_t index, void *keys, void *values, bool half, int64_t rows);
+    // Memory of layer `index` for keys and for values, [rows][kv_heads][head_bytes] each.
+    void set_cache(size_t index, uint8_t *keys, uint8_t *values, CacheType type, int64_t rows);
 
-    // x [tokens][d] through all layers to y [tokens][d]. Nothing is written, to y or to a cache, unless `done`.
-    Attended run(const float *x, const Step &step, float *y) const;
+    // x [tokens][d] through the layers [first, last) to y [tokens][d]. False, with nothing written to y or to a cache,
+    // where there are no such layers, or a slot, a page or a length leaves a cache.
+    bool run(size_t first, size_t last, const float *x, const Step &step, float *y) const;
 
   private:
     std::vector<Layer> layers_;

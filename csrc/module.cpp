@@ -34,6 +34,15 @@ T *at(Address address) {
     return reinterpret_cast<T *>(address);
 }
 
+fewbit::CacheType cache_type(int type) {
+    if (type < 0 || type > 2) throw std::invalid_argument("no such type of cache");
+    return static_cast<fewbit::CacheType>(type);
+}
+
+fewbit::Cache cache_at(Address keys, Address values, int type, int64_t rows, int64_t heads) {
+    return {at<uint8_t>(keys), at<uint8_t>(values), cache_type(type), rows, heads};
+}
+
 // A buffer of bytes (a mapping of a file, say) that stays as it is while it is held.
 using Bytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using ReadOnlyBytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -69,10 +78,10 @@ void bind_layouts(nb::module_ &m, nb::class_<Matrix> &matrix) {
             },
             "buffer"_a, "offset"_a, "count"_a)
         .def("blocks", [](const Matrix &self) {
-            std::vector<std::tuple<int64_t, int64_t, int, int, int32_t, bool>> found;
+            std::vector<std::tuple<int64_t, int64_t, int, int, int32_t, int>> found;
             for (const fewbit::Block &b : self.blocks()) {
                 found.emplace_back(b.view.rows, b.span, b.view.packed_bits, static_cast<int>(b.view.scale_type),
-                                   b.view.zero, b.has_offsets);
+                                   b.view.zero, static_cast<int>(b.view.offset_type));
             }
             return found;
         });
@@ -103,9 +112,9 @@ void bind_ops(nb::module_ &m) {
     m.def(
         "rotate_append",
         [](Address q, int64_t q_stride, int64_t heads, Address k, int64_t k_stride, Address v, int64_t v_stride,
-           int64_t kv_heads, Address cos, Address sin, Address slots, Address keys, Address values, bool half,
+           int64_t kv_heads, Address cos, Address sin, Address slots, Address keys, Address values, int type,
            int64_t cache_rows, int64_t tokens, int64_t width, Address out) {
-            const fewbit::Cache cache{at<void>(keys), at<void>(values), half, cache_rows, kv_heads};
+            const fewbit::Cache cache = cache_at(keys, values, type, cache_rows, kv_heads);
             const fewbit::Heads queries{at<const float>(q), q_stride, heads};
             const fewbit::Heads new_keys{at<const float>(k), k_stride, kv_heads};
             const fewbit::Heads new_values{at<const float>(v), v_stride, kv_heads};
@@ -115,14 +124,13 @@ void bind_ops(nb::module_ &m) {
         Unlocked());
     m.def(
         "attend",
-        [](Address q, Address keys, Address values, bool half, int64_t cache_rows, int64_t kv_heads, Address pages,
+        [](Address q, Address keys, Address values, int type, int64_t cache_rows, int64_t kv_heads, Address pages,
            int64_t pages_per_sequence, int64_t page_size, Address lengths, Address starts, int64_t sequences,
            int64_t tokens, int64_t heads, int64_t width, float scale, Address out) {
-            const fewbit::Cache cache{at<void>(keys), at<void>(values), half, cache_rows, kv_heads};
+            const fewbit::Cache cache = cache_at(keys, values, type, cache_rows, kv_heads);
             const fewbit::Sequences s{at<const int64_t>(pages), at<const int64_t>(lengths), at<const int64_t>(starts),
                                       sequences, pages_per_sequence, page_size};
-            return static_cast<int>(
-                fewbit::attend_paged(at<const float>(q), cache, s, tokens, heads, width, scale, at<float>(out)));
+            return fewbit::attend_paged(at<const float>(q), cache, s, tokens, heads, width, scale, at<float>(out));
         },
         Unlocked());
 }
@@ -155,12 +163,12 @@ void bind_layers(nb::module_ &m) {
             },
             nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>())
         .def("set_cache",
-             [](Stack &self, size_t index, Address keys, Address values, bool half, int64_t rows) {
-                 self.set_cache(index, at<void>(keys), at<void>(values), half, rows);
+             [](Stack &self, size_t index, Address keys, Address values, int type, int64_t rows) {
+                 self.set_cache(index, at<uint8_t>(keys), at<uint8_t>(values), cache_type(type), rows);
              })
         .def(
             "run",
-            [](const Stack &self, Address x, int64_t tokens, Address cos, Address sin, Address slots, Address pages,
+            [](const Stack &self, size_t first, size_t last, Address x, int64_t tokens, Address cos, Address sin, Address slots, Address pages,
                int64_t pages_per_sequence, int64_t page_size, Address lengths, Address starts, int64_t sequences,
                Address y) {
                 const fewbit::Step step{
@@ -170,7 +178,7 @@ void bind_layers(nb::module_ &m) {
                     at<const int64_t>(slots),
                     {at<const int64_t>(pages), at<const int64_t>(lengths), at<const int64_t>(starts), sequences,
                      pages_per_sequence, page_size}};
-                return static_cast<int>(self.run(at<const float>(x), step, at<float>(y)));
+                return self.run(first, last, at<const float>(x), step, at<float>(y));
             },
             Unlocked());
 }
@@ -180,13 +188,13 @@ void bind_layers(nb::module_ &m) {
 NB_MODULE(_cpu, m) {
     nb::class_<Matrix> matrix(m, "Matrix");
     matrix.def(nb::init<int64_t>(), "columns"_a)
-        .def("add_block", &Matrix::add_block, "rows"_a, "span"_a, "code_bits"_a, "scale_type"_a, "zero"_a, "offsets"_a)
+        .def("add_block", &Matrix::add_block, "rows"_a, "span"_a, "code_bits"_a, "scale_type"_a, "zero"_a, "offset_type"_a)
         .def(
             "fill",
             [](Matrix &self, int64_t block, int64_t first, int64_t count, Address codes, Address scales,
                Address offsets) {
                 self.fill(block, first, count, at<const uint8_t>(codes), at<const void>(scales),
-                          at<const float>(offsets));
+                          at<const void>(offsets));
             },
             Unlocked())
         .def(

@@ -14,6 +14,13 @@ inline uint32_t to_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
 
 inline float bf16_to_float(uint16_t h) { return from_bits(static_cast<uint32_t>(h) << 16); }
 
+// Nearest, ties to even; NaN stays NaN.
+inline uint16_t float_to_bf16(float x) {
+    const uint32_t bits = to_bits(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);
+    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
 // IEEE 754 binary16. Moving exponent and mantissa into place leaves the exponent 112 too small; a multiplication puts
 // that right and normalizes subnormals on the way. Infinities and NaN get the largest exponent instead.
 inline float f16_to_float(uint16_t h) {
@@ -43,6 +50,15 @@ inline float load_scalar(const void *base, int64_t i, Scalar type) {
     if (type == Scalar::f32) return static_cast<const float *>(base)[i];
     const uint16_t h = static_cast<const uint16_t *>(base)[i];
     return type == Scalar::f16 ? f16_to_float(h) : bf16_to_float(h);
+}
+
+inline int64_t offset_bytes(Offsets type) {
+    switch (type) {
+        case Offsets::none: return 0;
+        case Offsets::f32: return 4;
+        case Offsets::f16: return 2;
+        default: return 1;
+    }
 }
 
 }  // namespace

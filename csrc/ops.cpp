@@ -16,6 +16,9 @@ namespace {
 constexpr int64_t kTaskFloats = 1 << 14;
 // The same in multiply-adds of attention.
 constexpr int64_t kAttendAlone = 1 << 16;
+// New tokens that pass over a chunk of cached rows together, and floats of chunks' results that are kept before they are
+// merged: what attention needs beside the cache does not grow with the prompt.
+constexpr int64_t kSpanTokens = 16, kRoundFloats = 1 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -28,9 +31,49 @@ void for_tokens(int64_t tokens, int64_t floats_per_token, F &&body) {
     });
 }
 
-void store(float *to, const float *from, int64_t n) { std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float)); }
-void store(uint16_t *to, const float *from, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) to[i] = float_to_f16(from[i]);
+// Magnitudes beyond it are held there, in f16 and int8 alike: an infinity would make all scores NaN.
+constexpr float kLargestCached = 65504.0f;
+// Added and taken off again, it rounds to whole numbers, ties to even.
+constexpr float kToWhole = 12582912.0f;
+
+// The largest magnitude of n numbers; of one that is NaN, NaN.
+float largest_magnitude(const float *x, int64_t n) {
+    int32_t largest = 0;
+    // as integers, magnitudes have the order of the floats, and NaN lies beyond infinity
+    for (int64_t i = 0; i < n; ++i) {
+        const int32_t bits = static_cast<int32_t>(to_bits(x[i]) & 0x7fffffffu);
+        largest = bits > largest ? bits : largest;
+    }
+    return from_bits(static_cast<uint32_t>(largest));
+}
+
+void store_bytes(uint8_t *to, const float *from, int64_t n) {
+    const float largest = largest_magnitude(from, n);
+    const uint16_t scale = float_to_bf16((largest > kLargestCached ? kLargestCached : largest) / 127.0f);
+    std::memcpy(to + n, &scale, sizeof scale);
+    const float step = bf16_to_float(scale);
+    // NaN is in the scale, so the codes of such a head do not matter
+    if (!(step > 0.0f)) {
+        std::memset(to, 0, static_cast<size_t>(n));
+        return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        float code = from[i] / step;
+        code = code > 127.0f ? 127.0f : code;
+        code = code < -127.0f ? -127.0f : code;
+        to[i] = static_cast<uint8_t>(static_cast<int32_t>((code + kToWhole) - kToWhole));
+    }
+}
+
+// A head of n numbers to the cache.
+void store(CacheType type, uint8_t *to, const float *from, int64_t n) {
+    if (type == CacheType::int8) return store_bytes(to, from, n);
+    if (type == CacheType::f32) {
+        std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
+        return;
+    }
+    auto *halves = reinterpret_cast<uint16_t *>(to);
+    for (int64_t i = 0; i < n; ++i) halves[i] = float_to_f16(from[i]);
 }
 
 void rotate(const float *x, const float *cos, const float *sin, float *y, int64_t width) {
@@ -42,19 +85,65 @@ void rotate(const float *x, const float *cos, const float *sin, float *y, int64_
     }
 }
 
-template <class Cached>
-void append_token(const float *k, const float *v, const float *cos, const float *sin, Cached *keys, Cached *values,
-                  int64_t heads, int64_t width, float *scratch) {
-    for (int64_t h = 0; h < heads; ++h) {
-        rotate(k + h * width, cos, sin, scratch, width);
-        store(keys + h * width, scratch, width);
-        store(values + h * width, v + h * width, width);
+// Numbers a and b that are H apart become a + b and a - b.
+template <int H>
+void butterflies(float *x, int64_t width) {
+    for (int64_t i = 0; i < width; i += 2 * H) {
+        float sums[H], differences[H];
+        for (int j = 0; j < H; ++j) {
+            sums[j] = x[i + j] + x[i + H + j];
+            differences[j] = x[i + j] - x[i + H + j];
+        }
+        std::memcpy(x + i, sums, sizeof sums);
+        std::memcpy(x + i + H, differences, sizeof differences);
     }
 }
 
+// Times a Hadamard matrix over its root, in blocks of the largest power of two in `width`, as `spread` in
+// kernels/ops.py does and with its bits.
+void spread(float *x, int64_t width) {
+    const int64_t block = width & -width;
+    if (block > 1) butterflies<1>(x, width);
+    if (block > 2) butterflies<2>(x, width);
+    if (block > 4) butterflies<4>(x, width);
+    if (block > 8) butterflies<8>(x, width);
+    if (block > 16) butterflies<16>(x, width);
+    if (block > 32) butterflies<32>(x, width);
+    if (block > 64) butterflies<64>(x, width);
+    for (int64_t h = 128; h < block; h *= 2) {
+        for (int64_t i = 0; i < width; ++i) {
+            if (i & h) continue;
+            const float a = x[i], b = x[i + h];
+            x[i] = a + b;
+            x[i + h] = a - b;
+        }
+    }
+    const float root = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
+    for (int64_t i = 0; i < width; ++i) x[i] *= root;
+}
+
+void append_token(const float *k, const float *v, const float *cos, const float *sin, const Cache &cache, int64_t slot,
+                  int64_t width, float *scratch) {
+    const int64_t bytes = head_bytes(cache.type, width);
+    for (int64_t h = 0; h < cache.heads; ++h) {
+        const int64_t at = (slot * cache.heads + h) * bytes;
+        rotate(k + h * width, cos, sin, scratch, width);
+        if (cache.type == CacheType::int8) spread(scratch, width);
+        store(cache.type, cache.keys + at, scratch, width);
+        store(cache.type, cache.values + at, v + h * width, width);
+    }
+}
+
+// New tokens of one sequence that are attended together, in its place among all of them.
+struct Span {
+    int64_t sequence, first, fresh;
+    int64_t length;     // cached rows that the last of them sees
+    int64_t first_sum;  // where its results begin, in floats: [heads of the cache][chunks][fresh * group][width + 2]
+};
+
+// One key-value head of a span over one chunk of its rows.
 struct Work {
-    int64_t sequence, head, begin, end;
-    int64_t first_sum;  // where its results begin, in floats
+    int64_t span, head, begin;
 };
 
 // Joins the chunks' results of one query head: each is weighed by e^(its largest score - the largest of all).
@@ -101,109 +190,157 @@ bool rotate_append(const Heads &q, const Heads &k, const Heads &v, const float *
     for_tokens(tokens, (q.heads + 2 * k.heads) * width, [&](int64_t t) {
         const float *c = cos + t * (width / 2), *s = sin + t * (width / 2);
         for (int64_t h = 0; h < q.heads; ++h) {
-            rotate(q.data + t * q.stride + h * width, c, s, q_out + (t * q.heads + h) * width, width);
+            float *head = q_out + (t * q.heads + h) * width;
+            rotate(q.data + t * q.stride + h * width, c, s, head, width);
+            if (cache.type == CacheType::int8) spread(head, width);
         }
         thread_local std::vector<float> scratch;
         if (static_cast<int64_t>(scratch.size()) < width) scratch.resize(static_cast<size_t>(width));
-        const int64_t at = slots[t] * cache.heads * width;
-        const float *kt = k.data + t * k.stride, *vt = v.data + t * v.stride;
-        if (cache.half) {
-            append_token(kt, vt, c, s, static_cast<uint16_t *>(cache.keys) + at,
-                         static_cast<uint16_t *>(cache.values) + at, k.heads, width, scratch.data());
-        } else {
-            append_token(kt, vt, c, s, static_cast<float *>(cache.keys) + at, static_cast<float *>(cache.values) + at,
-                         k.heads, width, scratch.data());
-        }
+        append_token(k.data + t * k.stride, v.data + t * v.stride, c, s, cache, slots[t], width, scratch.data());
     });
     return true;
 }
 
-Attended check_places(const Sequences &s, int64_t tokens, int64_t cache_rows) {
-    if (s.starts[0] != 0 || s.starts[s.count] != tokens) return Attended::out_of_range;
-    bool many = false;
+bool are_places(const Sequences &s, int64_t tokens, int64_t cache_rows) {
+    if (s.starts[0] != 0 || s.starts[s.count] != tokens) return false;
     for (int64_t i = 0; i < s.count; ++i) {
         const int64_t fresh = s.starts[i + 1] - s.starts[i], length = s.lengths[i];
-        if (fresh < 0 || length < fresh || length > s.pages_per_sequence * s.page_size) return Attended::out_of_range;
-        many = many || fresh > kMaxFresh;
+        if (fresh < 0 || length < fresh || length > s.pages_per_sequence * s.page_size) return false;
         for (int64_t p = 0; p < ceil_div(length, s.page_size); ++p) {
             const int64_t page = s.pages[i * s.pages_per_sequence + p];
             const int64_t used = std::min(s.page_size, length - p * s.page_size);
-            if (page < 0 || used > cache_rows) return Attended::out_of_range;
-            if (page > (cache_rows - used) / s.page_size) return Attended::out_of_range;
+            if (page < 0 || used > cache_rows) return false;
+            if (page > (cache_rows - used) / s.page_size) return false;
         }
     }
-    return many ? Attended::too_many_fresh : Attended::done;
+    return true;
 }
 
-Attended attend_paged(const float *q, const Cache &cache, const Sequences &s, int64_t tokens, int64_t heads,
-                      int64_t width, float scale, float *y) {
-    const Attended verdict = check_places(s, tokens, cache.rows);
-    if (verdict != Attended::done) return verdict;
-    const int64_t group = heads / cache.heads;
-    const int64_t entry = width + 2;
-    thread_local std::vector<Work> work_scratch;
-    thread_local std::vector<float> sums_scratch;
-    std::vector<Work> &work = work_scratch;
-    work.clear();
-    int64_t floats = 0, multiplied = 0;
-    for (int64_t i = 0; i < s.count; ++i) {
-        const int64_t fresh = s.starts[i + 1] - s.starts[i];
-        if (fresh == 0) continue;
-        multiplied += 2 * fresh * s.lengths[i] * heads * width;
+namespace {
+
+// Attention of a step, a round of spans at a time.
+class Attention {
+  public:
+    Attention(const float *q, const Cache &cache, const Sequences &sequences, int64_t heads, int64_t width,
+              float scale, float *y)
+        : q_(q), cache_(cache), s_(sequences), heads_(heads), group_(heads / cache.heads), width_(width),
+          entry_(width + 2), scale_(scale), y_(y) {}
+
+    void run() {
+        for (int64_t i = 0; i < s_.count; ++i) {
+            const int64_t first = s_.starts[i], fresh = s_.starts[i + 1] - first;
+            for (int64_t begin = 0; begin < fresh; begin += kSpanTokens) {
+                const int64_t count = std::min(kSpanTokens, fresh - begin);
+                add({i, first + begin, count, s_.lengths[i] - fresh + begin + count, floats_});
+            }
+        }
+        end_round();
+    }
+
+  private:
+    int64_t rows(const Span &span) const { return span.fresh * group_; }
+    int64_t chunks(const Span &span) const { return ceil_div(span.length, kChunk); }
+
+    void add(Span span) {
+        const int64_t floats = cache_.heads * chunks(span) * rows(span) * entry_;
+        if (floats_ > 0 && floats_ + floats > kRoundFloats) end_round();
+        span.first_sum = floats_;
+        floats_ += floats;
+        multiplied_ += 2 * span.fresh * span.length * heads_ * width_;
+        spans_.push_back(span);
+    }
+
+    void end_round() {
+        thread_local std::vector<float> sums_scratch;
+        thread_local std::vector<Work> work_scratch;
+        if (static_cast<int64_t>(sums_scratch.size()) < floats_) sums_scratch.resize(static_cast<size_t>(floats_));
+        sums_ = sums_scratch.data();
+        std::vector<Work> &work = work_scratch;
+        work.clear();
+        const auto spans = static_cast<int64_t>(spans_.size());
         // the chunks do not depend on the number of threads, so neither does the result
-        for (int64_t h = 0; h < cache.heads; ++h) {
-            for (int64_t begin = 0; begin < s.lengths[i]; begin += kChunk) {
-                work.push_back({i, h, begin, std::min(s.lengths[i], begin + kChunk), floats});
-                floats += fresh * group * entry;
+        for (int64_t i = 0; i < spans; ++i) {
+            for (int64_t h = 0; h < cache_.heads; ++h) {
+                for (int64_t begin = 0; begin < spans_[i].length; begin += kChunk) work.push_back({i, h, begin});
+            }
+        }
+        const auto works = static_cast<int64_t>(work.size());
+        if (multiplied_ < kAttendAlone) {
+            for (const Work &w : work) attend(w);
+            for (int64_t i = 0; i < spans; ++i) merge_span(spans_[i]);
+        } else {
+            parallel_for(works, [&](int64_t i) { attend(work[static_cast<size_t>(i)]); });
+            parallel_for(spans, [&](int64_t i) { merge_span(spans_[static_cast<size_t>(i)]); });
+        }
+        spans_.clear();
+        floats_ = multiplied_ = 0;
+    }
+
+    float *sums(const Span &span, int64_t head, int64_t chunk) const {
+        return sums_ + span.first_sum + (head * chunks(span) + chunk) * rows(span) * entry_;
+    }
+
+    void attend(const Work &w) const {
+        const Span &span = spans_[static_cast<size_t>(w.span)];
+        thread_local std::vector<float> scores, copies;
+        grow(scores, rows(span) * kChunk);
+        grow(copies, 2 * kChunk * width_);
+        const int64_t bytes = head_bytes(cache_.type, width_);
+        AttendTask task{};
+        task.q = q_ + (span.first * heads_ + w.head * group_) * width_;
+        task.q_stride = heads_ * width_;
+        task.k_cache = cache_.keys + w.head * bytes;
+        task.v_cache = cache_.values + w.head * bytes;
+        task.type = cache_.type;
+        task.row_bytes = cache_.heads * bytes;
+        task.pages = s_.pages + span.sequence * s_.pages_per_sequence;
+        task.page_size = s_.page_size;
+        task.begin = w.begin;
+        task.end = std::min(span.length, w.begin + kChunk);
+        task.length = span.length;
+        task.fresh = static_cast<int>(span.fresh);
+        task.group = static_cast<int>(group_);
+        task.width = static_cast<int>(width_);
+        task.scale = scale_;
+        task.scores = scores.data();
+        task.copies = copies.data();
+        task.sums = sums(span, w.head, w.begin / kChunk);
+        kernels_.attend(task);
+    }
+
+    void merge_span(const Span &span) const {
+        for (int64_t head = 0; head < cache_.heads; ++head) {
+            for (int64_t row = 0; row < rows(span); ++row) {
+                const int64_t token = span.first + row / group_;
+                merge(sums(span, head, 0) + row * entry_, chunks(span), rows(span) * entry_, width_,
+                      y_ + (token * heads_ + head * group_ + row % group_) * width_);
             }
         }
     }
-    if (static_cast<int64_t>(sums_scratch.size()) < floats) sums_scratch.resize(static_cast<size_t>(floats));
-    float *sums = sums_scratch.data();
-    const KernelTable &k = kernels();
-    const int64_t element = cache.half ? 2 : 4;
-    auto attend_one = [&](const Work &w) {
-        const int64_t first = s.starts[w.sequence], fresh = s.starts[w.sequence + 1] - first;
-        thread_local std::vector<float> scores;
-        const size_t needed = static_cast<size_t>(fresh * group * kChunk);
-        if (scores.size() < needed) scores.resize(needed);
-        AttendTask task{};
-        task.q = q + (first * heads + w.head * group) * width;
-        task.q_stride = heads * width;
-        task.k_cache = static_cast<const uint8_t *>(cache.keys) + w.head * width * element;
-        task.v_cache = static_cast<const uint8_t *>(cache.values) + w.head * width * element;
-        task.half = cache.half;
-        task.row_stride = cache.heads * width;
-        task.pages = s.pages + w.sequence * s.pages_per_sequence;
-        task.page_size = s.page_size;
-        task.begin = w.begin;
-        task.end = w.end;
-        task.length = s.lengths[w.sequence];
-        task.fresh = static_cast<int>(fresh);
-        task.group = static_cast<int>(group);
-        task.width = static_cast<int>(width);
-        task.scale = scale;
-        task.scores = scores.data();
-        task.sums = sums + w.first_sum;
-        k.attend(task);
-    };
-    if (multiplied < kAttendAlone) {
-        for (const Work &w : work) attend_one(w);
-    } else {
-        parallel_for(static_cast<int64_t>(work.size()),
-                     [&](int64_t index) { attend_one(work[static_cast<size_t>(index)]); });
+
+    static void grow(std::vector<float> &v, int64_t count) {
+        if (static_cast<int64_t>(v.size()) < count) v.resize(static_cast<size_t>(count));
     }
-    for (const Work &w : work) {
-        if (w.begin != 0) continue;
-        const int64_t first = s.starts[w.sequence], fresh = s.starts[w.sequence + 1] - first;
-        const int64_t chunks = ceil_div(s.lengths[w.sequence], kChunk), stride = fresh * group * entry;
-        for (int64_t row = 0; row < fresh * group; ++row) {
-            const int64_t head = w.head * group + row % group;
-            merge(sums + w.first_sum + row * entry, chunks, stride, width,
-                  y + ((first + row / group) * heads + head) * width);
-        }
-    }
-    return Attended::done;
+
+    const KernelTable &kernels_ = kernels();
+    const float *q_;
+    const Cache &cache_;
+    const Sequences &s_;
+    int64_t heads_, group_, width_, entry_;
+    float scale_;
+    float *y_;
+    float *sums_ = nullptr;
+    int64_t floats_ = 0, multiplied_ = 0;
+    std::vector<Span> spans_;
+};
+
+}  // namespace
+
+bool attend_paged(const float *q, const Cache &cache, const Sequences &s, int64_t tokens, int64_t heads, int64_t width,
+                  float scale, float *y) {
+    if (!are_places(s, tokens, cache.rows)) return false;
+    Attention(q, cache, s, heads, width, scale, y).run();
+    return true;
 }
 
 }  // namespace fewbit

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace fewbit {
 
 // y [tokens][n] = x / root of mean square * weight
@@ -18,16 +20,19 @@ struct Heads {
     int64_t heads;
 };
 
+// Keys and values [rows][heads][head_bytes] each.
 struct Cache {
-    void *keys;
-    void *values;
-    bool half;
+    uint8_t *keys;
+    uint8_t *values;
+    CacheType type;
     int64_t rows;
     int64_t heads;
 };
 
 // Rotates q and k (halves) by cos, sin [tokens][width / 2]; q to q_out [tokens][heads][width], k and v to the caches'
 // rows `slots`. False, with nothing written, where a slot is out of range.
+// int8: keys, and q with them, are multiplied by a Hadamard matrix first; the scale is the largest magnitude / 127,
+// rounded to bf16, and a number the nearest multiple of it.
 bool rotate_append(const Heads &q, const Heads &k, const Heads &v, const float *cos, const float *sin,
                    const int64_t *slots, const Cache &cache, int64_t tokens, int64_t width, float *q_out);
 
@@ -41,14 +46,12 @@ struct Sequences {
     int64_t count, pages_per_sequence, page_size;
 };
 
-enum class Attended : int { done = 0, too_many_fresh = 1, out_of_range = 2 };
-
-// What attend_paged would say of a step, from every index that it follows.
-Attended check_places(const Sequences &sequences, int64_t tokens, int64_t cache_rows);
+// Whether every index that attend_paged follows lies in the step and in the cache.
+bool are_places(const Sequences &sequences, int64_t tokens, int64_t cache_rows);
 
 // Causal attention of q [tokens][heads][width], contiguous, over the paged cache -> y [tokens][heads * width].
-// Takes up to kMaxFresh new tokens a sequence and widths that are multiples of 16; checks every index it follows.
-Attended attend_paged(const float *q, const Cache &cache, const Sequences &sequences, int64_t tokens, int64_t heads,
-                      int64_t width, float scale, float *y);
+// Takes widths that are multiples of 16. False, with nothing written, where `are_places` says so.
+bool attend_paged(const float *q, const Cache &cache, const Sequences &sequences, int64_t tokens, int64_t heads,
+                  int64_t width, float scale, float *y);
 
 }  // namespace fewbit

@@ -75,4 +75,6 @@ void gated_silu(const float *gate, const float *up, float *y, int64_t n) {
 }  // namespace
 }  // namespace fewbit
 
+#include "cache_rows.inl"
+
 #include "attend.inl"

@@ -52,6 +52,14 @@ void fill_row(const BlockView &w, uint8_t *codes, int64_t row, const uint8_t *fr
     }
 }
 
+float load_offset(const BlockView &w, int64_t at) {
+    if (w.offset_type == Offsets::zeros) {
+        const auto zero = static_cast<float>(static_cast<const uint8_t *>(w.offsets)[at]);
+        return -load_scalar(w.scales, at, w.scale_type) * zero;
+    }
+    return load_scalar(w.offsets, at, w.offset_type == Offsets::f16 ? Scalar::f16 : Scalar::f32);
+}
+
 void read_row(const BlockView &w, int64_t row, float *y) {
     const int low = low_plane(w.packed_bits), high = w.packed_bits - low;
     const int64_t bytes = int64_t{64} * w.packed_bits;
@@ -68,19 +76,19 @@ void read_row(const BlockView &w, int64_t row, float *y) {
         if (high) code |= bits_at(block + 64 * low, high) << low;
         const int64_t at = first + column / kColumns / w.blocks_per_group * kRows;
         const float value = static_cast<float>(code - w.zero) * load_scalar(w.scales, at, w.scale_type);
-        y[column] = w.offsets ? value + w.offsets[at] : value;
+        y[column] = w.offsets ? value + load_offset(w, at) : value;
     }
 }
 
 // Codes, scales, offsets: the one place that says in what order.
-Parts parts_of(const BlockView &w, bool has_offsets) {
+Parts parts_of(const BlockView &w) {
     const auto row_blocks = static_cast<size_t>(ceil_div(w.rows, kRows));
     const size_t per_group = row_blocks * static_cast<size_t>(w.groups) * kRows;
     const auto lines = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
     Parts parts{};
     parts.scales = parts.codes + lines(row_blocks * static_cast<size_t>(w.column_blocks) * 64 * w.packed_bits);
     parts.offsets = parts.scales + lines(per_group * scalar_bytes(w.scale_type));
-    parts.end = parts.offsets + (has_offsets ? lines(per_group * sizeof(float)) : 0);
+    parts.end = parts.offsets + lines(per_group * static_cast<size_t>(offset_bytes(w.offset_type)));
     return parts;
 }
 
@@ -101,7 +109,7 @@ Buffer::~Buffer() {
     if (data_) ::operator delete(data_, std::align_val_t(size_ >= kHugePage ? kHugePage : 64));
 }
 
-int64_t Matrix::add_block(int64_t rows, int64_t span, int code_bits, int scale_type, int32_t zero, bool offsets) {
+int64_t Matrix::add_block(int64_t rows, int64_t span, int code_bits, int scale_type, int32_t zero, int offset_type) {
     if (memory_) throw std::invalid_argument("blocks are told before there is memory for them");
     // a bound, so that no product of these overflows
     constexpr int64_t kMost = int64_t{1} << 31;
@@ -109,8 +117,10 @@ int64_t Matrix::add_block(int64_t rows, int64_t span, int code_bits, int scale_t
     if (rows <= 0 || columns_ <= 0 || span <= 0 || (span % kColumns != 0 && span < columns_)) {
         throw std::invalid_argument("a block needs rows and a span that is a multiple of 32 or covers the row");
     }
-    if (code_bits < 2 || code_bits > 8 || code_bits == 7 || scale_type < 0 || scale_type > 2 || zero < 0 || zero > 255) {
-        throw std::invalid_argument("codes take 2 to 6 or 8 bits, scale types are 0 to 2, zero is 0 to 255");
+    if (code_bits < 2 || code_bits > 8 || code_bits == 7 || scale_type < 0 || scale_type > 2 || zero < 0 || zero > 255 ||
+        offset_type < 0 || offset_type > 3) {
+        throw std::invalid_argument(
+            "codes take 2 to 6 or 8 bits, scale types are 0 to 2, zero is 0 to 255, offset types are 0 to 3");
     }
     BlockView view{};
     view.rows = rows;
@@ -120,10 +130,11 @@ int64_t Matrix::add_block(int64_t rows, int64_t span, int code_bits, int scale_t
     view.groups = ceil_div(view.column_blocks, view.blocks_per_group);
     view.code_bits = view.packed_bits = code_bits;
     view.scale_type = static_cast<Scalar>(scale_type);
+    view.offset_type = static_cast<Offsets>(offset_type);
     view.zero = zero;
-    const Parts parts = parts_of(view, offsets);
+    const Parts parts = parts_of(view);
     if (bytes_ > size_t{1} << 48 || parts.end > size_t{1} << 48) throw std::invalid_argument("the matrix is too large");
-    blocks_.push_back({view, rows_, std::min(span, columns_), offsets, parts});
+    blocks_.push_back({view, rows_, std::min(span, columns_), parts});
     rows_ += rows;
     bytes_ += parts.end;
     return static_cast<int64_t>(blocks_.size()) - 1;
@@ -146,7 +157,7 @@ void Matrix::place(uint8_t *memory, size_t bytes, bool writable, std::shared_ptr
     for (Block &block : blocks_) {
         block.view.codes = memory + block.parts.codes;
         block.view.scales = memory + block.parts.scales;
-        if (block.has_offsets) block.view.offsets = reinterpret_cast<const float *>(memory + block.parts.offsets);
+        if (block.view.offset_type != Offsets::none) block.view.offsets = memory + block.parts.offsets;
         memory += block.parts.end;
     }
 }
@@ -156,16 +167,16 @@ void Matrix::expect_memory() const {
 }
 
 void Matrix::fill(int64_t index, int64_t first, int64_t count, const uint8_t *codes, const void *scales,
-                  const float *offsets) {
+                  const void *offsets) {
     if (index < 0 || index >= static_cast<int64_t>(blocks_.size())) throw std::invalid_argument("no such block");
     if (!writable_) throw std::invalid_argument("the matrix has no memory to fill");
     const BlockView &w = blocks_[static_cast<size_t>(index)].view;
     auto *all_codes = const_cast<uint8_t *>(w.codes);
     auto *all_scales = static_cast<uint8_t *>(const_cast<void *>(w.scales));
-    auto *all_offsets = const_cast<float *>(w.offsets);
+    auto *all_offsets = static_cast<uint8_t *>(const_cast<void *>(w.offsets));
     if (first < 0 || count < 0 || first > w.rows - count) throw std::invalid_argument("rows lie outside the block");
     if ((offsets != nullptr) != (w.offsets != nullptr)) throw std::invalid_argument("offsets do not fit the block");
-    const size_t width = scalar_bytes(w.scale_type);
+    const size_t width = scalar_bytes(w.scale_type), offset_width = static_cast<size_t>(offset_bytes(w.offset_type));
     constexpr int64_t kStep = 16;
     // rows share no byte, so any split among threads is safe
     parallel_for(ceil_div(count, kStep), [&](int64_t task) {
@@ -178,7 +189,9 @@ void Matrix::fill(int64_t index, int64_t first, int64_t count, const uint8_t *co
                 const size_t to = static_cast<size_t>(at + g * kRows);
                 const uint8_t *scale = static_cast<const uint8_t *>(scales) + from * width;
                 std::memcpy(all_scales + to * width, scale, width);
-                if (offsets) all_offsets[to] = offsets[from];
+                if (!offsets) continue;
+                const uint8_t *offset = static_cast<const uint8_t *>(offsets) + from * offset_width;
+                std::memcpy(all_offsets + to * offset_width, offset, offset_width);
             }
         }
     });

@@ -33,14 +33,13 @@ struct Parts {
 };
 
 // Counted up when what lies in a block's memory changes: layouts that were kept are then made anew.
-inline constexpr int kLayout = 1;
+inline constexpr int kLayout = 2;
 
 // Rows that agree in everything a BlockView says.
 struct Block {
     BlockView view;
     int64_t first_row;
     int64_t span;
-    bool has_offsets;
     Parts parts;
 };
 
@@ -53,7 +52,7 @@ class Matrix {
     Matrix &operator=(const Matrix &) = delete;
 
     // `rows` more rows; returns the block's index. `span` is a multiple of 32 or at least `columns`.
-    int64_t add_block(int64_t rows, int64_t span, int code_bits, int scale_type, int32_t zero, bool offsets);
+    int64_t add_block(int64_t rows, int64_t span, int code_bits, int scale_type, int32_t zero, int offset_type);
 
     // Zeroed memory of its own.
     void allocate();
@@ -63,9 +62,9 @@ class Matrix {
     void place(uint8_t *memory, size_t bytes, bool writable, std::shared_ptr<const void> owner);
 
     // Fill rows [first, first + count) of a block from codes [count][columns] uint8, scales [count][groups] of the
-    // block's type and offsets [count][groups] float32 (null without).
+    // block's type and offsets [count][groups] of the block's type (null without).
     void fill(int64_t block, int64_t first, int64_t count, const uint8_t *codes, const void *scales,
-              const float *offsets);
+              const void *offsets);
 
     // Dequantized rows `ids` [count] to y [count][columns]. False, with nothing written, where an id is out of range.
     bool rows(const int64_t *ids, int64_t count, float *y) const;

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "numbers.h"
 #include "pool.h"
 
 namespace fewbit {
@@ -11,10 +12,12 @@ namespace {
 
 // Quantized activations of one pass; more tokens than fit are taken in several passes over the weights.
 constexpr int64_t kPassBytes = int64_t{8} << 20;
-// Activations a task walks through for each of its row blocks: they stay in a core's second-level cache.
-constexpr int64_t kTaskBytes = int64_t{384} << 10;
+// Activations a task walks through for each of its row blocks. They stay in a core's second-level cache or near it; fewer
+// would be nearer, but the more tokens share a row block, the less its unpacking weighs.
+constexpr int64_t kTaskBytes = int64_t{1} << 20;
 // From so many tiles on, a row block's codes are unpacked once and not once a tile.
 constexpr int64_t kUnpackTiles = 3;
+constexpr int64_t kLineBytes = 64;
 // Tasks for each thread, so that a thread which is held up does not hold up the rest; with many tokens a task is long
 // enough for more, and the last one to end leaves less to wait for.
 constexpr int64_t kTasksPerThread = 4, kLongTasksPerThread = 24;
@@ -47,13 +50,12 @@ struct Activations {
     int64_t tiles() const { return ceil_div(tokens, kTile); }
 };
 
-Activations quantize_tokens(Scratch &scratch, const float *x, int64_t tokens, int64_t columns) {
+Activations quantize_tokens(const KernelTable &k, Scratch &scratch, const float *x, int64_t tokens, int64_t columns) {
     const int64_t blocks = ceil_div(columns, kColumns);
     int8_t *codes = room(scratch.codes, tokens * blocks * kColumns);
     float *scale = room(scratch.scale, tokens * blocks);
     int32_t *sums = room(scratch.sums, tokens * blocks);
     const Activations a{codes, scale, sums, tokens, blocks};
-    const KernelTable &k = kernels();
     auto one_tile = [&](int64_t tile) {
         for (int t = 0; t < a.width(tile); ++t) {
             const int64_t at = tile * kTile * blocks;
@@ -70,8 +72,8 @@ Activations quantize_tokens(Scratch &scratch, const float *x, int64_t tokens, in
 }
 
 // What each integer sum starts from: codes stand for code - zero, and a kernel may multiply by code - bias.
-const int32_t *starts(Scratch &scratch, const Activations &a, const BlockView &w) {
-    const int32_t shift = (w.code_bits == 8 ? kernels().bias8 : 0) - w.zero;
+const int32_t *starts(const KernelTable &k, Scratch &scratch, const Activations &a, const BlockView &w) {
+    const int32_t shift = (w.code_bits == 8 ? k.bias8 : 0) - w.zero;
     int32_t *start = room(scratch.start, a.tokens * a.blocks);
     for (int64_t i = 0; i < a.tokens * a.blocks; ++i) start[i] = shift * a.sums[i];
     return start;
@@ -118,10 +120,14 @@ struct RowBlocks {
         if (last_tile - first_tile == 1) return product(w, first_row, last_row, first_tile, last_tile, y);
         const bool unpacks = w.packed_bits < 8 && last_tile - first_tile >= kUnpackTiles;
         for (int64_t row = first_row; row < last_row; ++row) {
-            if (unpacks) {
-                product(unpacked(row), 0, 1, first_tile, last_tile, y + row * kRows);
-            } else {
+            if (!unpacks) {
                 product(w, row, row + 1, first_tile, last_tile, y);
+                continue;
+            }
+            const BlockView codes = unpacked(row);
+            for (int64_t i = first_tile; i < last_tile; ++i) {
+                if (row + 1 < last_row) fetch(row + 1, i - first_tile, last_tile - first_tile);
+                product(codes, 0, 1, i, i + 1, y + row * kRows);
             }
         }
     }
@@ -130,6 +136,16 @@ struct RowBlocks {
     void product(const BlockView &v, int64_t row, int64_t end, int64_t first_tile, int64_t last_tile, float *to) const {
         for (int64_t i = first_tile; i < last_tile; ++i) {
             k.product(v, tile(i), row, end, to + i * kTile * y_stride, y_stride);
+        }
+    }
+
+    // Part `part` of `parts` of a row block's codes to the caches, while another is multiplied: a row block is too short
+    // for the hardware to see far enough ahead.
+    void fetch(int64_t row, int64_t part, int64_t parts) const {
+        const int64_t lines = w.column_blocks * w.packed_bits;
+        const uint8_t *from = w.codes + row * lines * kLineBytes;
+        for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i) {
+            __builtin_prefetch(from + i * kLineBytes, 0, 2);
         }
     }
 
@@ -143,13 +159,14 @@ struct RowBlocks {
         v.rows = std::min<int64_t>(kRows, w.rows - row * kRows);
         const int64_t scales = row * w.groups * kRows;
         v.scales = static_cast<const uint8_t *>(w.scales) + scales * (w.scale_type == Scalar::f32 ? 4 : 2);
-        if (w.offsets) v.offsets = w.offsets + scales;
+        if (w.offsets) v.offsets = static_cast<const uint8_t *>(w.offsets) + scales * offset_bytes(w.offset_type);
         return v;
     }
 };
 
-void multiply_block(Scratch &scratch, const Activations &a, const BlockView &w, float *y, int64_t y_stride) {
-    const RowBlocks work{kernels(), w, a, starts(scratch, a, w), group_sums(scratch, a, w), y, y_stride};
+void multiply_block(const KernelTable &k, Scratch &scratch, const Activations &a, const BlockView &w, float *y,
+                    int64_t y_stride) {
+    const RowBlocks work{k, w, a, starts(k, scratch, a, w), group_sums(scratch, a, w), y, y_stride};
     const int64_t row_blocks = ceil_div(w.rows, kRows);
     const int64_t tile_bytes = kTile * a.blocks * kColumns;
     const int64_t most_tiles = std::clamp<int64_t>(kTaskBytes / tile_bytes, 1, a.tiles());
@@ -172,14 +189,16 @@ void multiply_block(Scratch &scratch, const Activations &a, const BlockView &w, 
 
 void multiply(const Matrix &matrix, const float *x, int64_t tokens, float *y) {
     thread_local Scratch scratch;
+    // read once: the sets round and start their sums in ways that do not mix
+    const KernelTable &k = kernels();
     const int64_t columns = matrix.column_count(), rows = matrix.row_count();
     const int64_t padded = ceil_div(columns, kColumns) * kColumns;
     const int64_t per_pass = std::max<int64_t>(8 * kTile, kPassBytes / padded / kTile * kTile);
     for (int64_t done = 0; done < tokens; done += per_pass) {
         const int64_t count = std::min(per_pass, tokens - done);
-        const Activations a = quantize_tokens(scratch, x + done * columns, count, columns);
+        const Activations a = quantize_tokens(k, scratch, x + done * columns, count, columns);
         for (const Block &block : matrix.blocks()) {
-            multiply_block(scratch, a, block.view, y + done * rows + block.first_row, rows);
+            multiply_block(k, scratch, a, block.view, y + done * rows + block.first_row, rows);
         }
     }
 }

@@ -85,7 +85,11 @@ std::string test_extremes(int every);
 std::string test_long_rows(int every);
 std::string test_ops(int every);
 std::string test_attention(int every);
+std::string test_layers(int every);
+std::string test_mapped(int every);
+std::string test_checksum(int every);
 std::string test_threads(int every);
+std::string test_switches(int every);
 std::string test_fork(int every);
 
 }  // namespace test

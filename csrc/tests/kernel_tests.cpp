@@ -55,7 +55,9 @@ void run_all(const std::string &name, const Options &options) {
         std::string (*run)(int every);
     } tests[] = {{"products", test::test_products}, {"extremes", test::test_extremes},
                  {"long rows", test::test_long_rows}, {"ops", test::test_ops},
-                 {"attention", test::test_attention}, {"threads", test::test_threads},
+                 {"attention", test::test_attention}, {"layers", test::test_layers},
+                 {"mapped", test::test_mapped}, {"checksum", test::test_checksum},
+                 {"threads", test::test_threads}, {"switches", test::test_switches},
                  {"fork", test::test_fork}};
     for (const auto &t : tests) {
         if (!options.fork && t.run == test::test_fork) continue;

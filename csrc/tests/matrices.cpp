@@ -35,6 +35,28 @@ Scales random_scales(int type, int64_t count, Random &random) {
     return s;
 }
 
+// Offsets of a block: as stored, and their values.
+struct Offsets {
+    std::vector<uint8_t> bytes;
+    std::vector<float> values;
+    int64_t width;
+};
+
+Offsets random_offsets(int type, const Scales &scales, Random &random) {
+    const auto count = static_cast<int64_t>(scales.values.size());
+    if (type == 1 || type == 2) {
+        const Scales s = random_scales(type - 1, count, random);
+        return {s.bytes, s.values, type == 1 ? 4 : 2};
+    }
+    Offsets found{{}, std::vector<float>(scales.values.size()), 1};
+    if (type == 0) return found;
+    for (size_t i = 0; i < scales.values.size(); ++i) {
+        found.bytes.push_back(static_cast<uint8_t>(random.whole(0, 255)));
+        found.values[i] = -(scales.values[i] * static_cast<float>(found.bytes[i]));
+    }
+    return found;
+}
+
 void fill_block(Made &made, int64_t index, const BlockSpec &b, Random &random) {
     const int64_t columns = made.spec.columns, span = std::min(b.span, columns), groups = (columns + span - 1) / span;
     const int64_t top = (int64_t{1} << b.bits) - 1;
@@ -43,22 +65,21 @@ void fill_block(Made &made, int64_t index, const BlockSpec &b, Random &random) {
         c = static_cast<uint8_t>(made.spec.extremes ? random.whole(0, 3) ? top : 0 : random.whole(0, top));
     }
     const Scales scales = random_scales(b.scale_type, b.rows * groups, random);
-    std::vector<float> offsets;
-    if (b.offsets) offsets = random.values(b.rows * groups);
+    const Offsets offsets = random_offsets(b.offset_type, scales, random);
     // in two pieces, as a reader of slices does
     const int64_t cut = random.whole(0, b.rows);
     for (const auto &[first, count] : {std::pair{int64_t{0}, cut}, std::pair{cut, b.rows - cut}}) {
         const int64_t scale_bytes = b.scale_type == 0 ? 4 : 2;
         made.matrix->fill(index, first, count, codes.data() + first * columns,
                           scales.bytes.data() + first * groups * scale_bytes,
-                          b.offsets ? offsets.data() + first * groups : nullptr);
+                          b.offset_type ? offsets.bytes.data() + first * groups * offsets.width : nullptr);
     }
     for (int64_t row = 0; row < b.rows; ++row) {
         for (int64_t column = 0; column < columns; ++column) {
             const size_t at = static_cast<size_t>(row * groups + column / span);
             made.level.push_back(codes[static_cast<size_t>(row * columns + column)] - b.zero);
             made.scale.push_back(scales.values[at]);
-            made.offset.push_back(b.offsets ? offsets[at] : 0.0f);
+            made.offset.push_back(offsets.values[at]);
         }
     }
     made.rows += b.rows;
@@ -87,12 +108,12 @@ std::vector<double> rounded(const std::vector<float> &x, int64_t tokens, int64_t
 
 }  // namespace
 
-Made make_matrix(const MatrixSpec &spec, Random &random) {
+Made make_matrix(const MatrixSpec &spec, Random &random, const std::function<void(fewbit::Matrix &)> &place) {
     Made made{spec, std::make_unique<fewbit::Matrix>(spec.columns), {}, {}, {}};
     for (const BlockSpec &b : spec.blocks) {
-        made.matrix->add_block(b.rows, b.span, b.bits, b.scale_type, b.zero, b.offsets);
+        made.matrix->add_block(b.rows, b.span, b.bits, b.scale_type, b.zero, b.offset_type);
     }
-    made.matrix->allocate();
+    place(*made.matrix);
     for (size_t i = 0; i < spec.blocks.size(); ++i) {
         fill_block(made, static_cast<int64_t>(i), spec.blocks[i], random);
     }

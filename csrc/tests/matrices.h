@@ -1,6 +1,7 @@
 // Random matrices beside what they mean.
 #pragma once
 
+#include <functional>
 #include <memory>
 
 #include "check.h"
@@ -14,7 +15,7 @@ struct BlockSpec {
     int64_t rows, span;
     int bits, scale_type;
     int32_t zero;
-    bool offsets;
+    int offset_type;
 };
 
 // Extremes: codes are 0 or the largest, so that a sum which can overflow does.
@@ -26,8 +27,8 @@ struct MatrixSpec {
     std::string words() const {
         std::string text = say("%lld columns", static_cast<long long>(columns));
         for (const BlockSpec &b : blocks) {
-            text += say(", [%lld rows, span %lld, %d bits, scales %d, zero %d%s]", static_cast<long long>(b.rows),
-                        static_cast<long long>(b.span), b.bits, b.scale_type, b.zero, b.offsets ? ", offsets" : "");
+            text += say(", [%lld rows, span %lld, %d bits, scales %d, zero %d, offsets %d]", static_cast<long long>(b.rows),
+                        static_cast<long long>(b.span), b.bits, b.scale_type, b.zero, b.offset_type);
         }
         return text;
     }
@@ -43,7 +44,9 @@ struct Made {
     int64_t rows = 0;
 };
 
-Made make_matrix(const MatrixSpec &spec, Random &random);
+// `place` gives it memory, of its own unless told otherwise.
+Made make_matrix(const MatrixSpec &spec, Random &random,
+                 const std::function<void(fewbit::Matrix &)> &place = [](fewbit::Matrix &m) { m.allocate(); });
 
 // y [tokens][rows] and, for each, the sum of absolute products: a loop over the definition, in double.
 struct Expected {

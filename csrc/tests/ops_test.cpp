@@ -48,43 +48,64 @@ void check_silu(int64_t tokens, int64_t n, Random &random) {
     }
 }
 
-// A cache whose unwritten rows hold NaN, as f16 or f32.
-struct TestCache {
-    bool half;
-    int64_t rows, heads, width;
-    std::vector<uint16_t> half_keys, half_values;
-    std::vector<float> keys, values;
+using fewbit::CacheType;
 
-    TestCache(bool half_, int64_t rows_, int64_t heads_, int64_t width_)
-        : half(half_), rows(rows_), heads(heads_), width(width_) {
-        const size_t count = static_cast<size_t>(rows * heads * width);
-        if (half) {
-            half_keys.assign(count, 0x7e00);
-            half_values = half_keys;
-        } else {
-            keys.assign(count, kNan);
-            values = keys;
+const char *name_of(CacheType type) {
+    return type == CacheType::int8 ? "int8" : type == CacheType::f16 ? "f16" : "f32";
+}
+
+// A cache whose unwritten rows hold NaN.
+struct TestCache {
+    CacheType type;
+    int64_t rows, heads, width;
+    std::vector<uint8_t> keys, values;
+
+    TestCache(CacheType type_, int64_t rows_, int64_t heads_, int64_t width_)
+        : type(type_), rows(rows_), heads(heads_), width(width_) {
+        // of every type, all ones are NaN; of int8, in the scale
+        keys.assign(static_cast<size_t>(rows * heads * fewbit::head_bytes(type, width)), 0xff);
+        values = keys;
+    }
+    fewbit::Cache view() { return {keys.data(), values.data(), type, rows, heads}; }
+
+    // Number d of a head of a row.
+    float key(int64_t row, int64_t head, int64_t d) const { return number(keys, row, head, d); }
+    float value(int64_t row, int64_t head, int64_t d) const { return number(values, row, head, d); }
+    // Random numbers.
+    void fill(int64_t row, int64_t head, Random &random) {
+        for (std::vector<uint8_t> *v : {&keys, &values}) {
+            uint8_t *to = v->data() + place(row, head);
+            if (type == CacheType::int8) {
+                for (int64_t d = 0; d < width; ++d) to[d] = static_cast<uint8_t>(random.whole(-127, 127));
+                const auto bits = static_cast<uint16_t>(random.whole(0x3c00, 0x3c7f));  // 2^-7 to 2^-6
+                std::memcpy(to + width, &bits, sizeof bits);
+                continue;
+            }
+            for (int64_t d = 0; d < width; ++d) {
+                const float x = random.uniform(-2, 2);
+                const uint16_t half = fewbit::float_to_f16(x);
+                if (type == CacheType::f16) std::memcpy(to + 2 * d, &half, sizeof half);
+                if (type == CacheType::f32) std::memcpy(to + 4 * d, &x, sizeof x);
+            }
         }
     }
-    fewbit::Cache view() {
-        if (half) return {half_keys.data(), half_values.data(), true, rows, heads};
-        return {keys.data(), values.data(), false, rows, heads};
+
+  private:
+    int64_t place(int64_t row, int64_t head) const { return (row * heads + head) * fewbit::head_bytes(type, width); }
+    float scale(const uint8_t *at) const {
+        uint16_t bits;
+        std::memcpy(&bits, at + width, sizeof bits);
+        return bfloat_value(bits);
     }
-    float key(int64_t at) const {
-        return half ? half_value(half_keys[static_cast<size_t>(at)]) : keys[static_cast<size_t>(at)];
-    }
-    float value(int64_t at) const {
-        return half ? half_value(half_values[static_cast<size_t>(at)]) : values[static_cast<size_t>(at)];
-    }
-    void put(int64_t at, float k, float v) {
-        const size_t i = static_cast<size_t>(at);
-        if (half) {
-            half_keys[i] = fewbit::float_to_f16(k);
-            half_values[i] = fewbit::float_to_f16(v);
-        } else {
-            keys[i] = k;
-            values[i] = v;
-        }
+    float number(const std::vector<uint8_t> &v, int64_t row, int64_t head, int64_t d) const {
+        const uint8_t *at = v.data() + place(row, head);
+        if (type == CacheType::int8) return static_cast<float>(static_cast<int8_t>(at[d])) * scale(at);
+        uint16_t half;
+        std::memcpy(&half, at + 2 * d, sizeof half);
+        if (type == CacheType::f16) return half_value(half);
+        float x;
+        std::memcpy(&x, at + 4 * d, sizeof x);
+        return x;
     }
 };
 
@@ -100,7 +121,35 @@ Rotated rotated(const float *x, const float *cos, const float *sin, int64_t widt
     return {first + second, std::fabs(first) + std::fabs(second)};
 }
 
-void check_append(int64_t tokens, int64_t group, int64_t kv_heads, int64_t width, bool half, Random &random) {
+// All of a head rotated; for int8 also times a Hadamard matrix by its definition, in blocks of the largest power of two:
+// the sign is the parity of the bits that two indices share.
+std::vector<Rotated> turned(const float *x, const float *cos, const float *sin, int64_t width, CacheType type) {
+    std::vector<Rotated> plain, spread(static_cast<size_t>(width));
+    for (int64_t i = 0; i < width; ++i) plain.push_back(rotated(x, cos, sin, width, i));
+    if (type != CacheType::int8) return plain;
+    const int64_t block = width & -width;
+    for (int64_t i = 0; i < width; ++i) {
+        Rotated &sum = spread[static_cast<size_t>(i)];
+        for (int64_t j = i / block * block; j < (i / block + 1) * block; ++j) {
+            bool odd = false;
+            for (int64_t shared = i & j & (block - 1); shared; shared &= shared - 1) odd = !odd;
+            const Rotated &from = plain[static_cast<size_t>(j)];
+            const double root = std::sqrt(static_cast<double>(block));
+            sum.value += (odd ? -from.value : from.value) / root;
+            sum.absolute += from.absolute / root;
+        }
+    }
+    return spread;
+}
+
+// A cached head of int8 may be half a step off; its step is the largest magnitude / 127 but for bf16's rounding.
+double half_step(const std::vector<Rotated> &head, CacheType type) {
+    double largest = 0.0;
+    for (const Rotated &x : head) largest = std::max(largest, std::fabs(x.value));
+    return type == CacheType::int8 ? 0.502 * largest / 127.0 : 0.0;
+}
+
+void check_append(int64_t tokens, int64_t group, int64_t kv_heads, int64_t width, CacheType type, Random &random) {
     const int64_t heads = group * kv_heads, rows = tokens + 5;
     // q, k and v lie side by side in one row, as a fused product leaves them
     const int64_t stride = (heads + 2 * kv_heads) * width;
@@ -111,32 +160,42 @@ void check_append(int64_t tokens, int64_t group, int64_t kv_heads, int64_t width
     for (float &c : sin) c = random.uniform(-1, 1);
     std::vector<int64_t> slots;
     for (int64_t t = 0; t < tokens; ++t) slots.push_back(rows - 1 - t);
-    TestCache cache(half, rows, kv_heads, width);
+    TestCache cache(type, rows, kv_heads, width);
     std::vector<float> out(static_cast<size_t>(tokens * heads * width), kNan);
     const auto append = [&] {
         return fewbit::rotate_append({q, stride, heads}, {k, stride, kv_heads}, {v, stride, kv_heads}, cos.data(),
                                      sin.data(), slots.data(), cache.view(), tokens, width, out.data());
     };
     if (!append()) fail("rotate_append refused slots within the cache");
-    const double steps = half ? 0x1p-11 : 1e-6;
+    const double steps = type == CacheType::f16 ? 0x1p-11 : 1e-6;
     for (int64_t t = 0; t < tokens; ++t) {
         const float *c = cos.data() + t * width / 2, *s = sin.data() + t * width / 2;
-        for (int64_t i = 0; i < heads * width; ++i) {
-            const Rotated e = rotated(q + t * stride + i / width * width, c, s, width, i % width);
-            const float got = out[static_cast<size_t>(t * heads * width + i)];
-            expect_near("rotate_append, q", width, i, got, e.value, 1e-6 * e.absolute);
+        for (int64_t h = 0; h < heads; ++h) {
+            const std::vector<Rotated> e = turned(q + t * stride + h * width, c, s, width, type);
+            for (int64_t d = 0; d < width; ++d) {
+                const float got = out[static_cast<size_t>((t * heads + h) * width + d)];
+                const Rotated &x = e[static_cast<size_t>(d)];
+                expect_near("rotate_append, q", width, h * width + d, got, x.value, 1e-6 * x.absolute);
+            }
         }
-        for (int64_t i = 0; i < kv_heads * width; ++i) {
-            const int64_t at = (rows - 1 - t) * kv_heads * width + i;
-            const Rotated ek = rotated(k + t * stride + i / width * width, c, s, width, i % width);
-            const double ev = static_cast<double>(v[t * stride + i]);
-            expect_near("rotate_append, k", width, i, cache.key(at), ek.value,
-                        steps * std::fabs(ek.value) + 1e-6 * ek.absolute + 0x1p-25);
-            expect_near("rotate_append, v", width, i, cache.value(at), ev, steps * std::fabs(ev) + 0x1p-25);
+        for (int64_t h = 0; h < kv_heads; ++h) {
+            const std::vector<Rotated> ek = turned(k + t * stride + h * width, c, s, width, type);
+            std::vector<Rotated> ev;
+            for (int64_t d = 0; d < width; ++d) ev.push_back({static_cast<double>(v[t * stride + h * width + d]), 0.0});
+            const double k_off = half_step(ek, type), v_off = half_step(ev, type);
+            for (int64_t d = 0; d < width; ++d) {
+                const Rotated &key = ek[static_cast<size_t>(d)], &value = ev[static_cast<size_t>(d)];
+                const double rounding = 1e-6 * key.absolute + 0x1p-25;
+                expect_near("rotate_append, k", width, h * width + d, cache.key(rows - 1 - t, h, d), key.value,
+                            steps * std::fabs(key.value) + rounding + k_off);
+                expect_near("rotate_append, v", width, h * width + d, cache.value(rows - 1 - t, h, d), value.value,
+                            steps * std::fabs(value.value) + 0x1p-25 + v_off);
+            }
         }
     }
-    for (int64_t i = 0; i < 5 * kv_heads * width; ++i) {
-        if (!std::isnan(cache.key(i)) || !std::isnan(cache.value(i))) fail("rotate_append wrote beside its slots");
+    for (int64_t i = 0; i < 5 * kv_heads * fewbit::head_bytes(type, width); ++i) {
+        const size_t at = static_cast<size_t>(i);
+        if (cache.keys[at] != 0xff || cache.values[at] != 0xff) fail("rotate_append wrote beside its slots");
     }
     for (int64_t bad : {int64_t{-1}, rows}) {
         slots.back() = bad;
@@ -157,8 +216,8 @@ std::string test_ops(int) {
         count += 2;
     }
     for (int64_t width : {16, 32, 48, 64, 128}) {
-        for (bool half : {false, true}) {
-            check_append(random.whole(1, 40), random.whole(1, 4), random.whole(1, 3), width, half, random);
+        for (CacheType type : {CacheType::f32, CacheType::f16, CacheType::int8}) {
+            check_append(random.whole(1, 40), random.whole(1, 4), random.whole(1, 3), width, type, random);
             ++count;
         }
     }
@@ -169,13 +228,13 @@ namespace {
 
 struct AttendShape {
     int64_t count, kv_heads, group, width, page_size;
-    bool half;
+    CacheType type;
     std::vector<int64_t> fresh, lengths;
 
     std::string words() const {
         std::string text = say("%lld heads in groups of %lld, width %lld, pages of %lld, %s;",
                                static_cast<long long>(kv_heads * group), static_cast<long long>(group),
-                               static_cast<long long>(width), static_cast<long long>(page_size), half ? "f16" : "f32");
+                               static_cast<long long>(width), static_cast<long long>(page_size), name_of(type));
         for (size_t i = 0; i < fresh.size(); ++i) {
             text += say(" %lld of %lld", static_cast<long long>(fresh[i]), static_cast<long long>(lengths[i]));
         }
@@ -185,9 +244,9 @@ struct AttendShape {
 
 AttendShape random_shape(Random &random) {
     AttendShape s{random.whole(1, 4), random.whole(1, 3), random.whole(1, 7), 16 * random.whole(1, 8),
-                  random.one_of<int64_t>({1, 7, 32, 256, 1000}), random.whole(0, 1) == 1, {}, {}};
+                  random.one_of<int64_t>({1, 7, 32, 256, 1000}), random.one_of<CacheType>({CacheType::f32, CacheType::f16, CacheType::int8}), {}, {}};
     for (int64_t i = 0; i < s.count; ++i) {
-        s.fresh.push_back(random.one_of<int64_t>({0, 1, 1, 1, 2, 5, fewbit::kMaxFresh}));
+        s.fresh.push_back(random.one_of<int64_t>({0, 1, 1, 1, 2, 5, 16, 17, 40}));
         s.lengths.push_back(s.fresh.back() + random.one_of<int64_t>({0, 1, 30, 239, 240, 255, 256, 257, 600}));
     }
     return s;
@@ -198,13 +257,13 @@ void check_head(const AttendShape &s, const TestCache &cache, const int64_t *pag
                 int64_t seen, float scale, const float *y) {
     std::vector<double> weights;
     const auto row = [&](int64_t p) {
-        return ((pages[p / s.page_size] * s.page_size + p % s.page_size) * s.kv_heads + head / s.group) * s.width;
+        return pages[p / s.page_size] * s.page_size + p % s.page_size;
     };
     double largest = -INFINITY, total = 0.0;
     for (int64_t p = 0; p < seen; ++p) {
         double score = 0.0;
         for (int64_t d = 0; d < s.width; ++d) {
-            score += static_cast<double>(q[d]) * static_cast<double>(cache.key(row(p) + d));
+            score += static_cast<double>(q[d]) * static_cast<double>(cache.key(row(p), head / s.group, d));
         }
         weights.push_back(score * static_cast<double>(scale));
         largest = std::max(largest, weights.back());
@@ -213,7 +272,8 @@ void check_head(const AttendShape &s, const TestCache &cache, const int64_t *pag
     for (int64_t d = 0; d < s.width; ++d) {
         double e = 0.0, absolute = 0.0;
         for (int64_t p = 0; p < seen; ++p) {
-            const double part = weights[static_cast<size_t>(p)] / total * static_cast<double>(cache.value(row(p) + d));
+            const auto value = static_cast<double>(cache.value(row(p), head / s.group, d));
+            const double part = weights[static_cast<size_t>(p)] / total * value;
             e += part;
             absolute += std::fabs(part);
         }
@@ -235,7 +295,7 @@ void check_attention(const AttendShape &s, Random &random) {
         std::swap(free[static_cast<size_t>(i)], free[static_cast<size_t>(random.whole(0, i))]);
     }
     std::vector<int64_t> pages(free.size(), int64_t{1} << 60), starts{0};
-    TestCache cache(s.half, static_cast<int64_t>(free.size()) * s.page_size, s.kv_heads, s.width);
+    TestCache cache(s.type, static_cast<int64_t>(free.size()) * s.page_size, s.kv_heads, s.width);
     for (int64_t i = 0; i < s.count; ++i) {
         const int64_t length = s.lengths[static_cast<size_t>(i)];
         starts.push_back(starts.back() + s.fresh[static_cast<size_t>(i)]);
@@ -245,11 +305,7 @@ void check_attention(const AttendShape &s, Random &random) {
                 page = free.back();
                 free.pop_back();
             }
-            const int64_t row = (page * s.page_size + p % s.page_size) * s.kv_heads * s.width;
-            for (int64_t d = 0; d < s.kv_heads * s.width; ++d) {
-                const float k = random.uniform(-2, 2), v = random.uniform(-2, 2);
-                cache.put(row + d, k, v);
-            }
+            for (int64_t h = 0; h < s.kv_heads; ++h) cache.fill(page * s.page_size + p % s.page_size, h, random);
         }
     }
     const int64_t tokens = starts.back();
@@ -260,7 +316,7 @@ void check_attention(const AttendShape &s, Random &random) {
     const auto attend = [&] {
         return fewbit::attend_paged(q.data(), cache.view(), sequences, tokens, heads, s.width, scale, y.data());
     };
-    if (attend() != fewbit::Attended::done) fail("attention refused: " + s.words());
+    if (!attend()) fail("attention refused: " + s.words());
     for (int64_t i = 0; i < s.count; ++i) {
         for (int64_t t = starts[static_cast<size_t>(i)]; t < starts[static_cast<size_t>(i) + 1]; ++t) {
             const int64_t seen = s.lengths[static_cast<size_t>(i)] - (starts[static_cast<size_t>(i) + 1] - t) + 1;
@@ -273,7 +329,7 @@ void check_attention(const AttendShape &s, Random &random) {
     if (s.lengths[0] == 0) return;
     for (int64_t bad : {int64_t{-1}, int64_t{1} << 60}) {
         pages[0] = bad;
-        if (attend() != fewbit::Attended::out_of_range) fail("attention took a page that does not exist: " + s.words());
+        if (attend()) fail("attention took a page that does not exist: " + s.words());
     }
 }
 

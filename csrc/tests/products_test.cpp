@@ -90,7 +90,8 @@ BlockSpec random_block(int64_t columns, int64_t rows, int bits, Random &random) 
     const int64_t span = random.one_of<int64_t>({32, 64, 96, 128, columns, columns + 5});
     const int32_t top = (1 << bits) - 1;
     const int32_t zero = random.one_of<int32_t>({0, 0, (top + 1) / 2, top, static_cast<int32_t>(random.whole(0, 255))});
-    return {rows, span, bits, static_cast<int>(random.whole(0, 2)), zero, random.whole(0, 2) == 0};
+    return {rows, span, bits, static_cast<int>(random.whole(0, 2)), zero,
+            static_cast<int>(random.one_of<int64_t>({0, 0, 0, 1, 2, 3}))};
 }
 
 }  // namespace

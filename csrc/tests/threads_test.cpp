@@ -1,8 +1,10 @@
-// Several threads that call at once, the number of threads changed meanwhile, and a fork.
+// Several threads that call at once, the number of threads or the instruction set changed meanwhile, and a fork.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <thread>
 
+#include "dispatch.h"
 #include "matrices.h"
 #include "ops.h"
 #include "pool.h"
@@ -74,6 +76,41 @@ std::string test_threads(int) {
         }
     }
     return say("%d callers, %d changes of the number of threads", kCallers, kChanges);
+}
+
+// Another thread chooses the instruction set again and again: each product is wholly one set's.
+std::string test_switches(int) {
+    std::vector<std::string> names;
+    for (const auto &[name, missing] : fewbit::instruction_sets()) {
+        if (missing.empty()) names.push_back(name);
+    }
+    const std::string chosen = fewbit::kernels().name;
+    Random random(99);
+    // many blocks, of 8 bits: there the sets differ in what a sum starts from
+    const Made made = make_matrix({96, std::vector<BlockSpec>(12, {16, 32, 8, 1, 128, false}), false}, random);
+    const std::vector<float> x = random.values(96);
+    std::vector<std::vector<float>> expected;
+    for (const std::string &name : names) {
+        fewbit::select(name);
+        expected.push_back(product_of(made, x, 1));
+    }
+    fewbit::set_threads(1);
+    std::atomic<bool> ended{false};
+    std::thread switches([&] {
+        for (size_t i = 0; !ended; ++i) fewbit::select(names[i % names.size()]);
+    });
+    bool right = true;
+    const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(100);
+    int64_t count = 0;
+    for (; right && std::chrono::steady_clock::now() < end; ++count) {
+        const std::vector<float> y = product_of(made, x, 1);
+        right = std::find(expected.begin(), expected.end(), y) != expected.end();
+    }
+    ended = true;
+    switches.join();
+    fewbit::select(chosen);
+    if (!right) fail("a product of several instruction sets, switched on the way");
+    return say("%zu sets, %lld products", names.size(), static_cast<long long>(count));
 }
 
 std::string test_fork(int) {

@@ -21,8 +21,7 @@ from fewbit.errors import FewbitError
 from fewbit.quality import DomainQuality, Paired, Quality, figures, paired, standard_error
 from fewbit.reference_cache import ReferenceCache
 from fewbit.runtime.cache import Sequence as CachedSequence
-from fewbit.runtime.engine import LanguageModel, checked_context, set_threads
-from fewbit.runtime.placement import place
+from fewbit.runtime.engine import LanguageModel, cache_dtype, placed, set_threads
 from fewbit.scoring import Expected, Prediction, Scores, Worst, WorstToken, joined, score
 from fewbit.source import Source, describe_source, open_source
 from fewbit.tokenizer import Tokenizer
@@ -48,6 +47,7 @@ def evaluate(
     threads: int | None = None,
     device: str = "cpu",
     cache: bool = False,
+    kv_cache: str | None = None,
     progress: Progress | None = None,
 ) -> list[Quality]:
     """Measure each of `models` against the full-precision model `against`, run in float32.
@@ -58,9 +58,12 @@ def evaluate(
     device   where the models run, as `load` takes it; the reference runs on the CPU
     cache    keeps what the reference predicted on disk, compressed, and uses what an earlier call kept; one window is
              then run again to state the error (`Quality.cache_error`), or to refuse what was kept
+    kv_cache what the candidates keep keys and values in: `load`'s `cache`
     Raises FewbitError where a text is too short, the models' vocabularies or their tokens of a text differ, or
     predictions are not finite.
     """
+    # refused before the reference runs
+    cache_dtype(exact, kv_cache)
     if threads is not None:
         set_threads(threads)
     source = open_source(against)
@@ -73,7 +76,8 @@ def evaluate(
     reference.prepare()
     runs = [
         _Candidate(
-            LanguageModel(s, exact, None, placement=place(device, s, checked_context(s, None), exact)), Worst(tokenizer)
+            LanguageModel(s, exact, None, cache=kv_cache, placement=placed(s, device, exact, None, kv_cache)),
+            Worst(tokenizer),
         )
         for s in candidates
     ]

@@ -270,7 +270,12 @@ class _Draft:
             raise ValueError(f"the weights take more than {len(self.memory):,} bytes")
         if end > self._size:
             size = -(-end // STEP) * STEP
-            os.posix_fallocate(self._file.fileno(), self._size, size - self._size)
+            try:
+                os.posix_fallocate(self._file.fileno(), self._size, size - self._size)
+            except OSError:
+                # a full disk may have granted a part, which would be held as long as the weights before it are in use
+                self._file.truncate(self._end)
+                raise
             self._size = size
         self._end = end
         return offset

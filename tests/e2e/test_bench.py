@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 import fewbit
+from fewbit import prepared
 from fewbit.cli import main
-from fewbit.kernels import _ceilings
+from fewbit.kernels import _ceilings, cpu
 from fewbit.runtime import speed as measuring
 from fewbit.runtime.speed import measure_speed, multiply_adds, read_bytes
+from fewbit.store import prepared_dir
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +88,29 @@ def test_three_lines_for_people(tiny_folder: Path, capsys: pytest.CaptureFixture
     assert all("tokens/s" in line and " % of " in line for line in lines[:2])
     assert "5 tokens" in lines[0]
     assert "2 tokens" in lines[1]
+
+
+@pytest.mark.skipif(cpu.backend() is None, reason="fewbit._cpu is not built")
+def test_a_prepared_layout_that_is_not_kept_is_told(
+    packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepared, "SMALL_BYTES", 0)
+    arguments = [str(packed), "--prompt", "3", "--tokens", "1", "--rounds", "1"]
+    prepared_dir().parent.mkdir(parents=True, exist_ok=True)
+    prepared_dir().write_text("a file where the folder should be")
+    for more in ([], ["--json"]):
+        capsys.readouterr()
+        assert main(["bench", *arguments, *more]) == 0
+        said = capsys.readouterr()
+        (line,) = [line for line in said.err.splitlines() if "note: " in line]
+        assert "The prepared layout of this model is not kept" in line
+        assert str(prepared_dir()) in line
+        # as `fewbit run` says it
+        if more:
+            assert line.endswith(f"note: {json.loads(said.out)['prepared_note']}")
+    prepared_dir().unlink()
+    assert main(["bench", *arguments]) == 0
+    assert "note:" not in capsys.readouterr().err
 
 
 def test_help_says_what_a_share_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def test_bytes_must_fit_exactly(native, make_tensor, offset, more):
         native.restore(description, memory, offset, count + more)
 
 
-BLOCK = [50, 64, 4, 2, 8, False]
+BLOCK = [50, 64, 4, 2, 8, 0]
 HOSTILE: list[dict[str, Any]] = [
     {"blocks": []},
     {"splits": []},
@@ -85,17 +85,17 @@ HOSTILE: list[dict[str, Any]] = [
     {"columns": None},
     *(
         {"blocks": [[*BLOCK[:i], bad, *BLOCK[i + 1 :]]]}
-        for i in range(5)
+        for i in range(6)
         for bad in (-1, 1 << 40, 1 << 63, 1 << 70, "4")
     ),
     {"blocks": [BLOCK[:5]]},
     {"blocks": [[*BLOCK, 0]]},
-    {"blocks": [[50, 33, 4, 2, 8, False]]},
-    {"blocks": [[50, 64, 7, 2, 8, False]]},
-    {"blocks": [[50, 64, 4, 2, 8, True]]},
-    {"blocks": [[50, 64, 8, 2, 8, False]]},
+    {"blocks": [[50, 33, 4, 2, 8, 0]]},
+    {"blocks": [[50, 64, 7, 2, 8, 0]]},
+    *({"blocks": [[50, 64, 4, 2, 8, offsets]]} for offsets in (1, 2, 3, 4)),
+    {"blocks": [[50, 64, 8, 2, 8, 0]]},
     {"blocks": [BLOCK, BLOCK], "splits": [50, 50]},
-    {"blocks": [[1 << 31, 1 << 31, 8, 0, 0, True]] * 9, "columns": 1 << 31, "splits": [9 << 31]},
+    {"blocks": [[1 << 31, 1 << 31, 8, 0, 0, 1]] * 9, "columns": 1 << 31, "splits": [9 << 31]},
 ]
 
 

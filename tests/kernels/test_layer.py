@@ -13,11 +13,13 @@ from torch import Tensor
 from fewbit.kernels._cpu_ops import NativeStack
 from fewbit.kernels.cpu import Cpu
 from fewbit.kernels.ops import Batch, Layer, Stack
+from fewbit.kernels.ops import cached as as_cached
 from fewbit.kernels.reference import backend as reference
 from fewbit.layers import Linear
 
 D, INNER, HEADS, KV, WIDTH = 96, 160, 6, 2, 16
 PAGE, PAGES = 16, 64
+CACHES = [torch.float32, torch.float16, torch.int8]
 ROWS = PAGE * PAGES
 SPECS = ("int4g32", "int8g32a", "gguf:q4_1")
 
@@ -72,7 +74,8 @@ def filled(stack: Stack, dtype: torch.dtype) -> Stack:
     stack.allocate(ROWS, dtype)
     for i, cache in enumerate(stack.caches):
         for j, rows in enumerate(cache):
-            rows.copy_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(10 * i + j)))
+            x = torch.randn(ROWS, KV, WIDTH, generator=torch.Generator().manual_seed(10 * i + j))
+            rows.copy_(as_cached(x, dtype))
     return stack
 
 
@@ -101,13 +104,13 @@ def no_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nan_outputs", "no_layers")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", CACHES)
 def test_one_call_is_what_the_operations_are_to_the_bit(
     each_isa: Cpu, make_layers: MakeLayers, dtype: torch.dtype
 ) -> None:
     layers = make_layers(each_isa)
     mine, theirs = native_stack(each_isa, layers, dtype), filled(Stack(each_isa.ops, layers), dtype)
-    for tokens in range(1, 9):
+    for tokens in (*range(1, 9), 17, 70):
         for lengths, fresh in (([290], [tokens]), ([37, 300], [tokens // 3, tokens - tokens // 3])):
             batch, cos, sin = tables(lengths, fresh)
             x = hidden(tokens)
@@ -119,12 +122,13 @@ def test_one_call_is_what_the_operations_are_to_the_bit(
 
 
 @pytest.mark.usefixtures("no_layers")
-def test_threads_do_not_change_a_bit(native: Cpu, make_layers: MakeLayers) -> None:
+@pytest.mark.parametrize("dtype", CACHES[1:])
+def test_threads_do_not_change_a_bit(native: Cpu, make_layers: MakeLayers, dtype: torch.dtype) -> None:
     layers, found = make_layers(native), []
     batch, cos, sin = tables([300, 260], [7, 9])
     for threads in (1, 2, 3):
         native.set_threads(threads)
-        stack = native_stack(native, layers, torch.float16)
+        stack = native_stack(native, layers, dtype)
         found.append((stack(hidden(16), cos, sin, batch), cached(stack)))
     for y, rows in found[1:]:
         assert torch.equal(y, found[0][0])
@@ -132,12 +136,31 @@ def test_threads_do_not_change_a_bit(native: Cpu, make_layers: MakeLayers) -> No
 
 
 @pytest.mark.usefixtures("no_layers")
-def test_a_token_is_the_same_alone_and_among_others(each_isa: Cpu, make_layers: MakeLayers) -> None:
+@pytest.mark.parametrize("dtype", CACHES[1:])
+def test_a_prompt_in_pieces_is_the_whole_prompt_to_the_bit(
+    native: Cpu, make_layers: MakeLayers, dtype: torch.dtype
+) -> None:
+    layers, x = make_layers(native), hidden(16)
+    whole, pieces = (native_stack(native, layers, dtype) for _ in range(2))
+    batch, cos, sin = tables([270], [16])
+    y, begin = whole(x, cos, sin, batch), 0
+    for count in (1, 5, 2, 8):
+        end = begin + count
+        length, starts = batch.lengths - 16 + end, torch.tensor([0, count])
+        part = replace(batch, slots=batch.slots[begin:end], lengths=length, starts=starts)
+        assert torch.equal(pieces(x[begin:end], cos[begin:end], sin[begin:end], part), y[begin:end])
+        begin = end
+    assert torch.equal(cached(pieces), cached(whole))
+
+
+@pytest.mark.usefixtures("no_layers")
+@pytest.mark.parametrize("dtype", CACHES[1:])
+def test_a_token_is_the_same_alone_and_among_others(each_isa: Cpu, make_layers: MakeLayers, dtype: torch.dtype) -> None:
     layers, x = make_layers(each_isa), hidden(11)
-    together = native_stack(each_isa, layers, torch.float16)
+    together = native_stack(each_isa, layers, dtype)
     batch, cos, sin = tables([262, 41], [8, 3])
     y = together(x, cos, sin, batch)
-    alone = native_stack(each_isa, layers, torch.float16)
+    alone = native_stack(each_isa, layers, dtype)
     for t in range(11):
         # its own sequence, with only the tokens up to it
         s, i = (0, t) if t < 8 else (1, t - 8)
@@ -147,8 +170,11 @@ def test_a_token_is_the_same_alone_and_among_others(each_isa: Cpu, make_layers: 
     assert torch.equal(cached(alone), cached(together))
 
 
-def test_what_leaves_the_cache_is_refused_before_anything_is_written(native: Cpu, make_layers: MakeLayers) -> None:
-    stack = native_stack(native, make_layers(native), torch.float16)
+@pytest.mark.parametrize("dtype", CACHES[1:])
+def test_what_leaves_the_cache_is_refused_before_anything_is_written(
+    native: Cpu, make_layers: MakeLayers, dtype: torch.dtype
+) -> None:
+    stack = native_stack(native, make_layers(native), dtype)
     before = cached(stack)
     good, cos, sin = tables([40, 30], [1, 2])
     outside = good.pages.clone()

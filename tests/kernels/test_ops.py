@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from fewbit.kernels._cpu_ops import CpuOps
-from fewbit.kernels.ops import Batch, Ops
+from fewbit.kernels.ops import Batch, Ops, cached, cached_width, rotate, uncached
 
 DEFINITION = Ops()
-CACHES = [torch.float32, torch.float16]
+CACHES = [torch.float32, torch.float16, torch.int8]
 
 
 @pytest.fixture
@@ -58,14 +60,16 @@ def heads_of(qkv: Tensor, heads: int, kv: int, width: int) -> tuple[Tensor, Tens
 
 @pytest.mark.usefixtures("nan_outputs", "no_fallback")
 @pytest.mark.parametrize("dtype", CACHES)
-@pytest.mark.parametrize(("heads", "kv", "width"), [(9, 3, 64), (4, 4, 32), (2, 1, 6), (1, 1, 2)])
+@pytest.mark.parametrize(
+    ("heads", "kv", "width"), [(9, 3, 64), (4, 4, 32), (2, 1, 6), (1, 1, 2), (2, 1, 80), (1, 1, 256)]
+)
 def test_rotate_append(each_isa, random, dtype, heads, kv, width):
     ops = each_isa.ops
     for tokens in (1, 3, 70):
         q, k, v = heads_of(random(tokens, (heads + 2 * kv) * width), heads, kv, width)
         angle = random(tokens, width // 2, seed=3)
         slots = torch.randperm(100)[:tokens]
-        caches = [torch.full((100, kv, width), 7.0).to(dtype) for _ in range(4)]
+        caches = [torch.full((100, kv, cached_width(width, dtype)), 7.0).to(dtype) for _ in range(4)]
         mine = ops.rotate_append(q, k, v, angle.cos(), angle.sin(), slots, caches[0], caches[1])
         theirs = ROTATE(ops, q, k, v, angle.cos(), angle.sin(), slots, caches[2], caches[3])
         assert torch.equal(mine, theirs)
@@ -106,15 +110,53 @@ def test_every_value_is_rounded_to_f16_as_torch_does_and_held_in_its_range(nativ
 
 
 @pytest.mark.parametrize("where", ["native", "definition"])
-def test_keys_and_values_beyond_f16_leave_attention_finite(native, where):
+@pytest.mark.parametrize("dtype", CACHES[1:])
+def test_keys_and_values_beyond_f16_leave_attention_finite(native, where, dtype):
     ops = native.ops if where == "native" else DEFINITION
     q, k, v = heads_of(torch.full((2, 3 * 16), 3e5), 1, 1, 16)
     q, k = q / 3e5, torch.where(torch.arange(16) % 2 == 0, k, -k)
-    still, caches = torch.ones(2, 8), [torch.zeros(8, 1, 16, dtype=torch.float16) for _ in range(2)]
+    shape = (8, 1, cached_width(16, dtype))
+    still, caches = torch.ones(2, 8), [torch.zeros(shape, dtype=dtype) for _ in range(2)]
     rotated = ops.rotate_append(q, k, v, still, still * 0, torch.arange(2), *caches)
     batch = Batch(torch.arange(2), torch.tensor([[0]]), torch.tensor([2]), torch.tensor([0, 2]), 8)
-    assert torch.equal(caches[1][:2], torch.full((2, 1, 16), 65504.0, dtype=torch.float16))
-    torch.testing.assert_close(ops.attend(rotated, *caches, batch, 0.25), torch.full((2, 16), 65504.0))
+    held = torch.full((2, 1, 16), 65504.0)
+    # an int8 head's scale has the 8 bits of bfloat16
+    torch.testing.assert_close(uncached(caches[1][:2], torch.float32), held, rtol=0.004 * (dtype is torch.int8), atol=0)
+    torch.testing.assert_close(ops.attend(rotated, *caches, batch, 0.25), held[:, 0], rtol=0.004, atol=0)
+
+
+@pytest.mark.parametrize("where", ["native", "definition"])
+@pytest.mark.parametrize("width", [2, 6, 48, 64, 80, 256])
+def test_int8_is_within_half_a_step_of_keys_times_a_hadamard_matrix(native, random, where, width):
+    ops = native.ops if where == "native" else DEFINITION
+    q, k, v = (random(40, 2, width, seed=i) for i in range(3))
+    # an outlier in one channel, as keys have them; heads of zeros; heads that float16 could not scale
+    k[:, :, 0] *= 100
+    k[3], v[3], v[4] = 0, 0, v[4] * 1e-9
+    angle = random(40, width // 2, seed=4)
+    k_cache, v_cache = (torch.zeros(40, 2, width + 2, dtype=torch.int8) for _ in range(2))
+    turned = ops.rotate_append(q, k, v, angle.cos(), angle.sin(), torch.arange(40), k_cache, v_cache)
+    # by its definition: the sign is the parity of the bits that two indices share
+    block = next(2**i for i in range(9, -1, -1) if width % 2**i == 0)
+    signs = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(block)] for i in range(block)]).double()
+    hadamard = torch.block_diag(*[signs / block**0.5] * (width // block))
+    expected = [rotate(x, angle.cos(), angle.sin()).double() @ hadamard for x in (q, k)]
+    torch.testing.assert_close(turned.double(), expected[0], rtol=1e-5, atol=1e-5 * float(q.abs().max()))
+    for cache, x in ((k_cache, expected[1]), (v_cache, v.double())):
+        largest = x.abs().amax(-1, keepdim=True)
+        assert ((uncached(cache, torch.float64) - x).abs() <= 0.502 * largest / 127).all()
+        assert not cache[3].any()
+    assert (v_cache[4, :, :-2].abs().amax(-1) >= 126).all()
+
+
+def test_a_number_that_is_nan_makes_its_int8_head_nan(native):
+    x = torch.ones(2, 1, 16)
+    x[1, 0, 5] = float("nan")
+    still, caches = torch.ones(2, 8), [torch.zeros(2, 1, 18, dtype=torch.int8) for _ in range(2)]
+    for ops in (native.ops, DEFINITION):
+        ops.rotate_append(x, x, x, still, still * 0, torch.arange(2), *caches)
+        for cache in caches:
+            assert uncached(cache, torch.float32).isnan().all(-1).tolist() == [[False], [True]]
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -143,6 +185,8 @@ ATTENTION = [
     ([256, 257, 700], [1, 2, 16], 32),
     ([513], [2], 1000),
     ([300, 9], [0, 9], 1),
+    ([40, 290], [40, 33], 8),
+    ([530], [530], 50),
 ]
 
 
@@ -155,14 +199,14 @@ def test_attention_on_the_paged_cache(each_isa, lengths, fresh, page_size, dtype
     batch = batch_of(lengths, fresh, page_size, rows)
     q = normal(sum(fresh), heads, width, seed=1)
     # what no sequence owns is NaN: nobody may look at it
-    k_cache, v_cache = (torch.full((rows, kv, width), float("nan"), dtype=dtype) for _ in range(2))
+    k_cache, v_cache = (cached(torch.full((rows, kv, width), float("nan")), dtype) for _ in range(2))
     for i, n in enumerate(lengths):
         at = batch.pages[i, torch.arange(n) // page_size] * page_size + torch.arange(n) % page_size
-        k_cache[at] = normal(n, kv, width, seed=2 + i).to(dtype)
-        v_cache[at] = normal(n, kv, width, seed=20 + i).to(dtype)
+        k_cache[at] = cached(normal(n, kv, width, seed=2 + i), dtype)
+        v_cache[at] = cached(normal(n, kv, width, seed=20 + i), dtype)
     mine = ops.attend(q, k_cache, v_cache, batch, 0.2)
     exact = ATTEND(ops, q.double(), k_cache, v_cache, batch, 0.2)
-    size = ATTEND(ops, q.double(), k_cache, v_cache.abs(), batch, 0.2)
+    size = ATTEND(ops, q.double(), uncached(k_cache, torch.float64), uncached(v_cache, torch.float64).abs(), batch, 0.2)
     # the scores' own rounding, a few 1e-7 of their magnitude (a few units), becomes a relative error of the weights
     assert ((mine.double() - exact).abs() <= 1e-5 * size).all()
     for threads in (1, 3):
@@ -170,9 +214,43 @@ def test_attention_on_the_paged_cache(each_isa, lengths, fresh, page_size, dtype
         assert torch.equal(ops.attend(q, k_cache, v_cache, batch, 0.2), mine)
 
 
+@pytest.mark.usefixtures("no_fallback", "nan_outputs")
+@pytest.mark.parametrize("dtype", CACHES)
+def test_a_prompt_attends_the_same_whole_and_in_any_pieces(each_isa, random, dtype):
+    rows, n, page = 900, 300, 16
+    k_cache, v_cache = (cached(random(rows, 2, 32, seed=s), dtype) for s in (1, 2))
+    q, pages = random(n, 6, 32, seed=3), torch.randperm(56, generator=torch.Generator().manual_seed(4))[None]
+
+    def attended(first: int, last: int) -> Tensor:
+        starts = torch.tensor([0, last - first])
+        batch = Batch(torch.empty(0, dtype=torch.int64), pages, torch.tensor([last]), starts, page)
+        return each_isa.ops.attend(q[first:last].contiguous(), k_cache, v_cache, batch, 0.1)
+
+    whole = attended(0, n)
+    for step in (1, 3, 17, 128):
+        pieces = [attended(i, min(n, i + step)) for i in range(0, n, step)]
+        assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_attention_of_a_prompt_needs_no_memory_that_grows_with_it(native):
+    """4000 new tokens: the results of all chunks at once would be some 70 MB."""
+    from fewbit.memory import PeakMemory
+
+    rows = 4096
+    cache = torch.zeros(rows, 2, 32, dtype=torch.float16)
+    batch = Batch(torch.empty(0, dtype=torch.int64), torch.tensor([[0]]), torch.tensor([4000]),
+                  torch.tensor([0, 4000]), rows)  # fmt: skip
+    q, few = torch.zeros(4000, 16, 32), torch.zeros(4000, 16 * 32)
+    native.ops.attend(q[:16].contiguous(), cache, cache, replace(batch, starts=torch.tensor([0, 16])), 0.1)
+    with PeakMemory() as memory:
+        native.ops.attend(q, cache, cache, batch, 0.1)
+    assert memory.peak < few.nbytes + (12 << 20)
+
+
 @pytest.mark.usefixtures("no_fallback")
-def test_one_token_attends_the_same_alone_and_in_a_batch(native, random):
-    k_cache, v_cache = random(600, 2, 32, seed=1), random(600, 2, 32, seed=2)
+@pytest.mark.parametrize("dtype", CACHES)
+def test_one_token_attends_the_same_alone_and_in_a_batch(native, random, dtype):
+    k_cache, v_cache = (cached(random(600, 2, 32, seed=i), dtype) for i in (1, 2))
     batch = batch_of([280, 300], [1, 1], 4, 600)
     q = random(2, 4, 32, seed=3)
     both = native.ops.attend(q, k_cache, v_cache, batch, 0.1)
@@ -190,7 +268,7 @@ def test_what_the_native_code_does_not_take_goes_to_the_definition(native, rando
     with pytest.raises(ValueError, match="unknown gated"):
         ops.gated(x, "relu")
     batch = batch_of([40], [20], 8, 64)
-    for width, dtype in ((32, torch.float32), (20, torch.float32), (32, torch.bfloat16)):
+    for width, dtype in ((20, torch.float32), (32, torch.bfloat16)):
         q, cache = random(20, 4, width), random(64, 2, width).to(dtype)
         expected = DEFINITION.attend(q, cache, cache, batch, 0.1)
         assert torch.equal(ops.attend(q, cache, cache, batch, 0.1), expected)
@@ -202,8 +280,9 @@ def test_what_the_native_code_does_not_take_goes_to_the_definition(native, rando
     assert torch.equal(caches[0], caches[2])
 
 
-def test_indices_that_leave_the_cache_are_refused(native, random):
-    ops, cache = native.ops, torch.zeros(64, 1, 16)
+@pytest.mark.parametrize("dtype", CACHES)
+def test_indices_that_leave_the_cache_are_refused(native, random, dtype):
+    ops, cache = native.ops, torch.zeros(64, 1, cached_width(16, dtype), dtype=dtype)
     q, k, v = heads_of(random(2, 3 * 16), 1, 1, 16)
     half = torch.zeros(2, 8)
     for slots in ([0, 64], [-1, 0], [2**60, 1]):

@@ -49,6 +49,12 @@ def sizes(q: QTensor) -> Tensor:
     return a.codes.double() * spread[0] + spread[1]
 
 
+@pytest.mark.parametrize(("spec", "bits"), [("int4g64a", 4 + (16 + 8) / 64), ("gguf:q4_1", 4 + (16 + 16) / 32)])
+def test_what_a_group_adds_takes_the_bytes_it_is_stored_in(native, make_tensor, spec, bits):
+    packed = native.prepare([make_tensor(spec, 128, 1024)])
+    assert packed.nbytes * 8 == bits * 128 * 1024
+
+
 @pytest.mark.usefixtures("nan_outputs")
 @pytest.mark.parametrize("spec", AFFINE + GGML)
 def test_native_product_is_that_of_rounded_activations(each_isa, make_tensor, random, spec):

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,60 +14,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import fewbit
 from fewbit import prepared
 from fewbit.kernels import cpu
 from fewbit.runtime.cache import Sequence
 from fewbit.source import Source
-from fewbit.store import prepared_bytes, prepared_dir
+from fewbit.store import prepared_bytes
 from tests.conftest import write_folder
+from tests.models.conftest import IDS, files, logits, the_file, without_cache
 
 pytestmark = pytest.mark.skipif(cpu.backend() is None, reason="fewbit._cpu is not built")
-IDS = [1, 5, 257, 30, 2]
-
-
-@pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model of several formats, some linears of which have biases."""
-    home = tmp_path_factory.mktemp("quantized")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_DATA_HOME", str(home / "data"))
-        config = {"attention_bias": True, "tie_word_embeddings": False}
-        write_folder(home / "float", **config)
-        fewbit.quantize(home / "float", home / "model", format="int4g32a", head="int8", method="rtn")
-    return home / "model"
-
-
-@pytest.fixture
-def model(quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of one's own, and a cache that takes models of any size."""
-    monkeypatch.setattr(prepared, "SMALL_BYTES", 0)
-    return Path(shutil.copytree(quantized, tmp_path / "model"))
-
-
-def logits(path: Path) -> tuple[Tensor, str | None]:
-    """Logits after IDS, and the note."""
-    loaded = fewbit.load(path)
-    return loaded.prefill(Sequence(), IDS), loaded.prepared_note
-
-
-def without_cache(path: Path) -> Tensor:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepared, "SMALL_BYTES", 1 << 60)
-        return logits(path)[0]
-
-
-def files() -> list[Path]:
-    """Everything in the folder of prepared layouts."""
-    return sorted(prepared_dir().iterdir()) if prepared_dir().is_dir() else []
-
-
-def the_file() -> Path:
-    (file,) = files()
-    assert file.suffix == prepared.SUFFIX
-    return file
 
 
 @pytest.fixture
@@ -318,156 +270,3 @@ def test_what_is_no_file_does_no_harm(model: Path, kind: str) -> None:
     assert torch.equal(again, right)
     assert note
     assert not [f for f in files() if f.suffix != prepared.SUFFIX]
-
-
-# Writing
-
-
-def test_a_folder_that_can_not_be_made_is_told(model: Path) -> None:
-    right = without_cache(model)
-    prepared_dir().parent.mkdir(parents=True, exist_ok=True)
-    prepared_dir().write_text("a file")
-    found, note = logits(model)
-    assert torch.equal(found, right)
-    assert note
-    assert str(prepared_dir()) in note
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
-def test_a_folder_that_can_not_be_written_is_told(model: Path) -> None:
-    prepared_dir().mkdir(parents=True)
-    prepared_dir().chmod(0o500)
-    note = logits(model)[1]
-    assert note
-    assert "Permission denied" in note
-
-
-@pytest.mark.parametrize("granted", [0, 1, 3])
-def test_a_full_disk_is_told_and_nothing_is_left(model: Path, monkeypatch: pytest.MonkeyPatch, granted: int) -> None:
-    right = without_cache(model)
-    left = granted
-    monkeypatch.setattr(prepared, "STEP", 1 << 16)
-
-    def allocate(*_: int) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(*_)
-
-    real = os.posix_fallocate
-    monkeypatch.setattr(os, "posix_fallocate", allocate)
-    found, note = logits(model)
-    assert torch.equal(found, right)
-    assert note
-    assert "No space left" in note
-    assert not files()
-
-
-def test_weights_that_outgrow_the_mapping_are_not_kept(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = without_cache(model)
-    monkeypatch.setattr(prepared, "MOST_PADDING", 1 << 18)
-    found, note = logits(model)
-    assert torch.equal(found, right)
-    assert note
-    assert "take more than" in note
-    assert not files()
-
-
-def test_a_disk_that_is_nearly_full_is_left_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = (model / "model.safetensors").stat().st_size
-    full = shutil.disk_usage(model)._replace(free=3 * weights)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-    note = logits(model)[1]
-    assert note
-    assert "is not kept" in note
-    assert not files()
-    full = full._replace(free=5 * weights)
-    assert logits(model)[1] is None
-    the_file()
-
-
-def test_a_failed_load_leaves_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
-        # something was packed by then
-        assert files()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("fewbit.models.llama.rope", broken)
-    with pytest.raises(KeyboardInterrupt):
-        fewbit.load(model)
-    assert not files()
-
-
-def test_a_model_that_changes_under_its_load_is_not_kept(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keep = prepared.PreparedLayouts.keep
-
-    def late(self: prepared.PreparedLayouts) -> None:
-        os.utime(model / "config.json")
-        keep(self)
-
-    monkeypatch.setattr(prepared.PreparedLayouts, "keep", late)
-    fewbit.load(model)
-    assert not files()
-
-
-def test_old_files_make_room(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    others = [Path(shutil.copytree(model, tmp_path / name)) for name in "abc"]
-    for other in others:
-        fewbit.load(other)
-    size = max(f.stat().st_size for f in files())
-    assert len(files()) == 3
-    a, b, c = (prepared_dir() / prepared._file_name(other) for other in others)
-    # what was used last stays
-    for file, when in ((a, 30), (b, 10), (c, 20)):
-        os.utime(file, (when, when))
-    monkeypatch.setattr(prepared, "MAX_BYTES", int(2.5 * size))
-    fewbit.load(model)
-    mine = prepared_dir() / prepared._file_name(model)
-    assert set(files()) == {a, mine}
-    # what no model belongs to goes whatever room there is
-    monkeypatch.setattr(prepared, "MAX_BYTES", 1 << 40)
-    shutil.rmtree(others[0])
-    (prepared_dir() / f"0{prepared.SUFFIX}").write_text("no layout")
-    fewbit.load(others[2])
-    assert set(files()) == {c, mine}
-
-
-PROCESS = """
-import os, signal, sys, torch, fewbit
-from fewbit import prepared
-from fewbit.runtime.cache import Sequence
-prepared.SMALL_BYTES = 0
-if sys.argv[2] == "killed":
-    prepared._tidy = prepared.PreparedLayouts._header = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-model = fewbit.load(sys.argv[1], threads=1)
-print(model.prefill(Sequence(), [1, 5, 257, 30, 2]).tolist(), model.prepared_note)
-"""
-
-
-def test_processes_at_once_and_one_that_is_killed(model: Path) -> None:
-    right = without_cache(model)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-
-        def start(how: str) -> subprocess.Popen[str]:
-            return subprocess.Popen([sys.executable, "-c", PROCESS, str(model), how], stdout=subprocess.PIPE, text=True)
-
-        # to its end before the others begin: it is killed while it writes, and would find nothing to write after them
-        killed = start("killed")
-        assert not killed.communicate(timeout=120)[0]
-        assert killed.returncode == -signal.SIGKILL
-        started = [start("whole"), start("whole")]
-        said = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0]
-    assert said[0] == said[1] == f"{right.tolist()} None\n"
-    # what the killed one left goes when the next file is written, unless one of the others saw it first
-    file = prepared_dir() / prepared._file_name(model)
-    held = prepared._Draft(prepared_dir(), 1 << 20)
-    assert torch.equal(logits(model)[0], right)
-    file.unlink()
-    assert torch.equal(logits(model)[0], right)
-    # what is being written by another stays
-    assert files() == sorted([file, held.path])
-    held.close()
-    the_file()

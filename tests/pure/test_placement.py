@@ -18,6 +18,7 @@ from fewbit.runtime.graphs import bucket
 from fewbit.runtime.placement import Card, out_of_memory, place, plan
 
 GIB = 1 << 30
+HALF = torch.float16
 
 
 def card(index: int = 0, free: float = 80, capability: tuple[int, int] = (9, 0)) -> Card:
@@ -41,19 +42,20 @@ def source() -> Any:
 
 
 def test_a_plan_counts_what_is_stored_and_cached(source: Any) -> None:
-    found = plan(source, 4096, exact=False)
+    found = plan(source, 4096, False, HALF)
     linears = 80 * (8192 * (8192 + 2 * 1024 + 8192) + 3 * 8192 * 28672)
     ends = 2 * 32000 * 8192
     assert found.weights == (linears + ends) * 33 // 64 + 4 * 161 * 8192
     assert found.cache == 2 * 80 * 4096 * 1024 * 2
     # issue: with 4k of context in 40 GB, everything counted
     assert 36e9 < found.total < 40e9
-    assert plan(source, 8192, exact=False).cache == 2 * found.cache
-    exact = plan(source, 4096, exact=True)
+    assert plan(source, 8192, False, HALF).cache == 2 * found.cache
+    exact = plan(source, 4096, True, torch.float32)
     assert exact.weights == 4 * (linears + ends + 161 * 8192)
     assert exact.cache == 2 * found.cache
+    assert plan(source, 4096, False, torch.int8).cache == found.cache * 130 // 256
     # prompts run in smaller pieces on a CPU
-    assert plan(source, 4096, exact=False, on_card=False).workspace < found.workspace
+    assert plan(source, 4096, False, HALF, on_card=False).workspace < found.workspace
     assert str(found).startswith("It takes 3")
     assert all(word in str(found) for word in ("weights", "cache", "workspace", "GiB"))
 
@@ -75,6 +77,10 @@ def test_auto_takes_a_card_that_has_room_and_says_why_not(source: Any, have: Any
     assert "compute capability 7.5; the kernels need 8.0" in str(place("auto", source, 4096).note)
     have(card(), missing="cuda-bindings can't be imported")
     assert "cuda-bindings can't be imported" in str(place("auto", source, 4096).note)
+    have(card())
+    assert "8 bits on the CPU only" in str(place("auto", source, 4096, cached=torch.int8).note)
+    with pytest.raises(FewbitError, match="cuda:0 can't be used"):
+        place("cuda", source, 4096, cached=torch.int8)
     have()
     assert place("cpu", source, 4096).note is None
 
@@ -123,7 +129,7 @@ def test_what_does_not_fit_is_told_with_the_plans_numbers(
     )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (GIB, 24 * GIB))
     said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 24 GiB"
-    error = out_of_memory(plan(source, 4096, exact=False), torch.device("cuda", 0), said)
+    error = out_of_memory(plan(source, 4096, False, HALF), torch.device("cuda", 0), said)
     assert "1.00 GiB of 24.00 GiB are free now. CUDA out of memory." in error.facts
     assert "weights" in error.facts
 

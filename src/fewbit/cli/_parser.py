@@ -44,6 +44,16 @@ def suggest(name: str, known: list[str]) -> str:
     return hint[0].upper() + hint[1:]
 
 
+def add_cache(parser: argparse._ActionsContainer) -> None:
+    """The option of every verb that runs a model; `runtime.engine.CACHES` has the same names."""
+    parser.add_argument(
+        "--cache",
+        choices=("16bit", "int8"),
+        help="keep keys and values in 16 bits (default), or in 8: half the memory, less to read at long contexts; "
+        "exact runs keep them in float32",
+    )
+
+
 def count(text: str) -> int:
     """An option's whole number from 1 up."""
     try:

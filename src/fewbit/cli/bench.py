@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from fewbit.cli._failures import UsageError
-from fewbit.cli._parser import Parser, add_device, count
+from fewbit.cli._parser import Parser, add_cache, add_device, count
 from fewbit.cli._terminal import Column, megabytes, note, print_json, print_table, progress
 from fewbit.errors import FewbitError
 
@@ -48,6 +48,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--context", type=count, metavar="N", help="tokens to keep room for (default: the model's own)")
     parser.add_argument("--threads", type=count, metavar="N", help="default: the machine's cores")
     add_device(parser)
+    add_cache(parser)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
@@ -72,10 +73,12 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             context=args.context,
             repeat=args.rounds,
+            cache=args.cache,
             progress=report,
         )
-    if speed.note:
-        note(f"note: {speed.note}")
+    for reason in (speed.device_note, speed.prepared_note):
+        if reason:
+            note(f"note: {reason}")
     if args.json:
         print_json(speed.to_dict())
         return 0
@@ -97,7 +100,7 @@ def rows(speed: Speed) -> list[list[str]]:
             "decode",
             f"{speed.decode_rate:.1f} tokens/s ({spread(speed.decode_rates)})",
             _share(speed.decode_share, speed.read_ceiling, "B/s"),
-            f"{speed.new_tokens} tokens, {megabytes(speed.read_bytes)} each",
+            f"{speed.new_tokens} tokens, {megabytes(speed.read_bytes)} each, {speed.cache} cache",
         ],
         [
             "model",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewbit.cli._failures import UsageError, explain
-from fewbit.cli._parser import Parser, add_device, count
+from fewbit.cli._parser import Parser, add_cache, add_device, count
 from fewbit.cli._terminal import Column, note, print_json, print_table, progress, write
 from fewbit.errors import FewbitError
 
@@ -49,6 +49,7 @@ def add_measuring(parser: Parser) -> None:
         help="windows of 512 tokens of each text (default %(default)s)",
     )
     parser.add_argument("--no-cache", action="store_true", help="run the reference on every window, keep nothing of it")
+    add_cache(parser)
     parser.add_argument("--tasks", metavar="NAME[,NAME]", help="tasks of lm-eval, which must be installed")
     parser.add_argument("--limit", type=count, metavar="N", help="questions of each task (default: all)")
     parser.add_argument("--report", type=Path, metavar="OUT.html", help="write a page that shows everything")
@@ -193,6 +194,7 @@ def _evaluate(args: argparse.Namespace, texts: dict[str, Path], exact: bool, rep
         device=args.device,
         threads=args.threads,
         cache=not args.no_cache,
+        kv_cache=args.cache,
         progress=report,
     )
 
@@ -207,7 +209,7 @@ def _run_tasks(args: argparse.Namespace, names: list[str], exact: bool, report: 
     found[args.against] = run_tasks(args.against, names, limit=args.limit, exact=True, progress=report)
     for model in args.model:
         if model not in found:
-            found[model] = run_tasks(model, names, limit=args.limit, exact=exact, progress=report)
+            found[model] = run_tasks(model, names, limit=args.limit, exact=exact, cache=args.cache, progress=report)
 
 
 def print_quality(against: str, found: Sequence[Quality]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fewbit.cli._failures import UsageError
-from fewbit.cli._parser import Parser, add_device, count
+from fewbit.cli._parser import Parser, add_cache, add_device, count
 from fewbit.cli._terminal import note, print_json, progress, write
 from fewbit.errors import FewbitError
 
@@ -54,6 +54,7 @@ def add_arguments(parser: Parser) -> None:
     machine.add_argument(
         "--context", type=count, metavar="N", help="tokens to keep room for (default: the model's own)"
     )
+    add_cache(machine)
     machine.add_argument("--threads", type=count, metavar="N", help="default: the machine's cores")
     add_device(machine)
     machine.add_argument("--exact", action="store_true", help="float activations: slower, free of activation rounding")
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
             context=args.context,
             threads=args.threads,
             device=args.device,
+            cache=args.cache,
             progress=report,
         )
     if model.device_note:

@@ -31,9 +31,10 @@ class Affine:
     codes   uint8 [out, in]
     scale   bf16, f16 or f32 [out, groups], groups = ceil(in / span); the last group may be ragged
     zero    the code of value 0 where it is one constant for the whole matrix (then offset = -scale * zero), else None
-    offset  float32 [out, groups] where `zero` is None
+    offset  float32 or float16 [out, groups] where `zero` is None
     span    columns that share a scale
     bits    codes are below 2**bits
+    zeros   uint8 [out, groups] where offset = -scale * zeros in float32: the same in a quarter of the bytes
     """
 
     codes: Tensor
@@ -42,6 +43,7 @@ class Affine:
     offset: Tensor | None
     span: int
     bits: int
+    zeros: Tensor | None = None
 
 
 @dataclass(frozen=True)

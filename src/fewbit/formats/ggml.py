@@ -94,7 +94,7 @@ class Q4_1(GgmlFormat):  # noqa: N801
     def affine(self, q: QTensor) -> Affine:
         """No one code is zero, so the minimum is the offset."""
         codes, params = self.unpack(q)
-        return Affine(codes, params["scale"], zero=None, offset=params["minimum"].float(), span=self.block, bits=4)
+        return Affine(codes, params["scale"], zero=None, offset=params["minimum"], span=self.block, bits=4)
 
 
 class Q8_0(GgmlFormat):  # noqa: N801

@@ -186,7 +186,7 @@ class IntegerFormat(Format):
         if not self.asymmetric:
             return Affine(codes, params["scale"], 2 ** (self.bits - 1), None, span, self.bits)
         offset = -params["scale"].float() * params["zero"].float()
-        return Affine(codes, params["scale"], None, offset, span, self.bits)
+        return Affine(codes, params["scale"], None, offset, span, self.bits, params["zero"])
 
 
 def _on_all_cores(work: Callable[[int], Params], starts: range, device: torch.device) -> list[Params]:

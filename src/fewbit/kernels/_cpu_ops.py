@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.kernels.ops import Batch, Layer, Ops, Product, Stack
+from fewbit.kernels.ops import Batch, Layer, Ops, Product, Stack, cached_width
 
-# what _cpu.attend and _cpu.Stack.run answer; the third, 1, is more new tokens of a sequence than they take
-DONE, OUT_OF_RANGE = 0, 2
+# a step of more tokens is a native call for each layer, between which Python looks for signals (Ctrl-C)
+MOST_TOKENS_AT_ONCE = 16
+# the caches that native code reads and writes, and its numbers for them
+CACHES = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
 
 
 def _is_rows(t: Tensor, columns: int) -> bool:
@@ -101,7 +103,7 @@ class CpuOps(Ops):
             slots.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
-            k_cache.dtype is torch.float16,
+            CACHES[k_cache.dtype],
             k_cache.shape[0],
             tokens,
             width,
@@ -112,7 +114,7 @@ class CpuOps(Ops):
         return out
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
-        """q [T, H, D] -> [T, H * D]; a few new tokens a sequence here, long prompts by the definition."""
+        """q [T, H, D] -> [T, H * D]; IndexError where the batch leaves the cache."""
         tokens, heads, width = q.shape
         kv = k_cache.shape[1]
         taken = (
@@ -127,11 +129,11 @@ class CpuOps(Ops):
         if not taken:
             return super().attend(q, k_cache, v_cache, batch, scale)
         out = torch.empty(tokens, heads * width)
-        answer = self.native.attend(
+        attended = self.native.attend(
             q.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
-            k_cache.dtype is torch.float16,
+            CACHES[k_cache.dtype],
             k_cache.shape[0],
             kv,
             batch.pages.data_ptr(),
@@ -146,18 +148,18 @@ class CpuOps(Ops):
             scale,
             out.data_ptr(),
         )
-        if answer == OUT_OF_RANGE:
+        if not attended:
             raise _batch_out_of_range(batch, k_cache.shape[0])
-        return out if answer == DONE else super().attend(q, k_cache, v_cache, batch, scale)
+        return out
 
     def stack(self, layers: Sequence[Layer]) -> Stack:
-        """A step of few tokens is one native call where the native code takes every part of every layer."""
+        """A step is native as a whole where the native code takes every part of every layer."""
         taken = layers and all(_takes(self.native, layer, layers[0].attention_norm.shape[0]) for layer in layers)
         return NativeStack(self, layers) if taken else super().stack(layers)
 
 
 class NativeStack(Stack):
-    """Layers that native code runs in one call; more new tokens than its attention takes go layer by layer."""
+    """Layers that native code runs: all in one call, or with the many tokens of a prompt one by one."""
 
     def __init__(self, ops: CpuOps, layers: Sequence[Layer]) -> None:
         self.native: Any = ops.native.Stack()
@@ -174,12 +176,12 @@ class NativeStack(Stack):
         super().__init__(ops, layers)
 
     def allocate(self, rows: int, dtype: torch.dtype) -> None:
-        """Room for `rows` tokens; ValueError where `dtype` is neither float32 nor float16."""
-        if dtype not in (torch.float32, torch.float16):
-            raise ValueError(f"caches must be float32 or float16, got {dtype}")
+        """Room for `rows` tokens; ValueError where `dtype` is not float32, float16 or int8."""
+        if dtype not in CACHES:
+            raise ValueError(f"caches must be float32, float16 or int8, got {dtype}")
         super().allocate(rows, dtype)
         for i, (keys, values) in enumerate(self.caches):
-            self.native.set_cache(i, keys.data_ptr(), values.data_ptr(), dtype is torch.float16, rows)
+            self.native.set_cache(i, keys.data_ptr(), values.data_ptr(), CACHES[dtype], rows)
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         """x [T, d] -> [T, d]; IndexError where a slot or a page leaves the cache, with nothing written."""
@@ -193,10 +195,21 @@ class NativeStack(Stack):
         )
         if not taken:
             return self._one_by_one(x, cos, sin, batch)
+        count = len(self.layers)
+        if tokens <= MOST_TOKENS_AT_ONCE:
+            return self._run(0, count, x, cos, sin, batch)
+        for i in range(count):
+            x = self._run(i, i + 1, x, cos, sin, batch)
+        return x
+
+    def _run(self, first: int, last: int, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        """The layers from `first` to before `last`."""
         y = torch.empty_like(x)
-        answer = self.native.run(
+        done = self.native.run(
+            first,
+            last,
             x.data_ptr(),
-            tokens,
+            x.shape[0],
             cos.data_ptr(),
             sin.data_ptr(),
             batch.slots.data_ptr(),
@@ -208,11 +221,11 @@ class NativeStack(Stack):
             len(batch.pages),
             y.data_ptr(),
         )
-        if answer == OUT_OF_RANGE:
+        if not done:
             rows = self.caches[0][0].shape[0]
             inside = ((batch.slots >= 0) & (batch.slots < rows)).all()
             raise _batch_out_of_range(batch, rows) if inside else _slots_out_of_range(batch.slots, rows)
-        return y if answer == DONE else self._one_by_one(x, cos, sin, batch)
+        return y
 
     def _one_by_one(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         return super().__call__(x, cos, sin, batch)
@@ -266,14 +279,14 @@ def _batch_out_of_range(batch: Batch, rows: int) -> IndexError:
 
 
 def _are_caches(k_cache: Tensor, v_cache: Tensor, heads: int, width: int) -> bool:
-    """Two contiguous caches [R, heads, width] of one dtype, float32 or float16."""
+    """Two contiguous caches of one dtype that the native code has, for so many heads of `width`."""
     dtype, shape = k_cache.dtype, k_cache.shape
     return (
-        (dtype is torch.float32 or dtype is torch.float16)
+        dtype in CACHES
         and dtype is v_cache.dtype
         and shape == v_cache.shape
         and shape[1] == heads
-        and shape[2] == width
+        and shape[2] == cached_width(width, dtype)
         and k_cache.is_cpu
         and k_cache.is_contiguous()
         and v_cache.is_contiguous()

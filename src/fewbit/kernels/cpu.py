@@ -28,6 +28,8 @@ BLOCK = 32
 # larger tensors are unpacked and packed again in slices of rows, to bound the memory that takes
 SLICE_WEIGHTS = 1 << 24
 SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# of what a group adds to scale * code; uint8 stands for zero points
+OFFSET_TYPES = {None: 0, torch.float32: 1, torch.float16: 2, torch.uint8: 3}
 
 
 def _load() -> ModuleType | None:
@@ -49,14 +51,15 @@ class _Kind:
     code_bits: int
     scale_type: int
     zero: int
-    offsets: bool
+    offset_type: int
 
     @classmethod
     def of(cls, a: Affine) -> _Kind:
         columns = a.codes.shape[1]
         span = a.span if a.span < columns else columns
-        zero, offsets = (0, True) if a.zero is None else (a.zero, False)
-        return cls(span, 8 if a.bits == 7 else a.bits, SCALE_TYPES[a.scale.dtype], zero, offsets)
+        offsets = _offsets(a)
+        offset_type = OFFSET_TYPES[None if offsets is None else offsets.dtype]
+        return cls(span, 8 if a.bits == 7 else a.bits, SCALE_TYPES[a.scale.dtype], a.zero or 0, offset_type)
 
 
 class Cpu(KeepingBackend):
@@ -166,18 +169,19 @@ class Cpu(KeepingBackend):
 
     def _add_block(self, matrix: object, rows: int, kind: _Kind) -> int:
         add = matrix.add_block  # type: ignore[attr-defined]
-        return int(add(rows, kind.span, kind.code_bits, kind.scale_type, kind.zero, kind.offsets))
+        return int(add(rows, kind.span, kind.code_bits, kind.scale_type, kind.zero, kind.offset_type))
 
     def _fill(self, matrix: object, block: int, first: int, q: QTensor, kind: _Kind) -> None:
         for start, a in _slices(q, max(1, SLICE_WEIGHTS // q.shape[1])):
             count = len(a.codes)
             groups = -(-q.shape[1] // kind.span)
             codes, scale = a.codes.contiguous(), a.scale.contiguous()
-            offset = None if a.offset is None else a.offset.contiguous()
+            offset = _offsets(a)
             _expect("codes", codes, torch.uint8, (count, q.shape[1]))
             _expect("scales", scale, scale.dtype, (count, groups))
             if offset is not None:
-                _expect("offsets", offset, torch.float32, (count, groups))
+                offset = offset.contiguous()
+                _expect("offsets", offset, offset.dtype, (count, groups))
             if _Kind.of(a) != kind:
                 raise ValueError(f"rows of one {q.spec} tensor disagree: {_Kind.of(a)} and {kind}")
             offset_address = 0 if offset is None else offset.data_ptr()
@@ -209,6 +213,11 @@ class Cpu(KeepingBackend):
                 f"row ids must lie in 0 .. {packed.shape[0] - 1}, got {int(ids.min())} .. {int(ids.max())}"
             )
         return y
+
+
+def _offsets(a: Affine) -> Tensor | None:
+    """In the fewest bytes."""
+    return a.offset if a.zeros is None else a.zeros
 
 
 def _slices(q: QTensor, rows: int) -> Iterator[tuple[int, Affine]]:

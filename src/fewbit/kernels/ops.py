@@ -33,8 +33,10 @@ class Batch:
     wanted: Tensor | None = None
 
 
-# keys and values of one layer, [R, KV, D] each
+# keys and values of one layer, as `cached` makes them: float [R, KV, D] each, or int8 [R, KV, D + 2]
 Cache = tuple[Tensor, Tensor]
+# magnitudes beyond float16's largest are held there: an infinity would make all scores NaN
+LARGEST_CACHED = torch.finfo(torch.float16).max
 
 
 class Product(Protocol):
@@ -91,11 +93,16 @@ class Ops:
         v_cache: Tensor,
     ) -> Tensor:
         """Rotate q [T, H, D] and k [T, KV, D] by cos, sin [T, D/2] (Su et al. 2021; halves, not pairs); write the
-        rotated k and v [T, KV, D] to rows `slots` of the caches [R, KV, D]; return the rotated q [T, H, D].
+        rotated k and v [T, KV, D] to rows `slots` of the caches as `cached` says; return the rotated q [T, H, D].
+
+        For int8, keys are spread before they are rounded, and q with them: their products stay what they are.
         """
-        k_cache[slots] = _cached(rotate(k, cos, sin), k_cache.dtype)
-        v_cache[slots] = _cached(v, v_cache.dtype)
-        return rotate(q, cos, sin)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if k_cache.dtype is torch.int8:
+            q, k = spread(q), spread(k)
+        k_cache[slots] = cached(k, k_cache.dtype)
+        v_cache[slots] = cached(v, v_cache.dtype)
+        return q
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
         """Causal grouped-query attention of q [T, H, D] over the cached rows of each token's sequence -> [T, H * D].
@@ -108,7 +115,7 @@ class Ops:
         for s, length in enumerate(lengths):
             first, last = starts[s], starts[s + 1]
             used = batch.pages[s, : -(-length // batch.page_size)]
-            k, v = (_gather(c, used, batch.page_size, length).to(q.dtype) for c in (k_cache, v_cache))
+            k, v = (uncached(_gather(c, used, batch.page_size, length), q.dtype) for c in (k_cache, v_cache))
             fresh = last - first
             mask = None
             if fresh > 1:
@@ -153,7 +160,7 @@ class Stack:
 
     def allocate(self, rows: int, dtype: torch.dtype) -> None:
         """Room for `rows` tokens. Memory is only touched when written, so a large context costs nothing unused."""
-        shapes = [(rows, layer.kv_heads, layer.width) for layer in self.layers]
+        shapes = [(rows, layer.kv_heads, cached_width(layer.width, dtype)) for layer in self.layers]
         devices = [layer.attention_norm.device for layer in self.layers]
         self.caches = [
             (torch.empty(s, dtype=dtype, device=on), torch.empty(s, dtype=dtype, device=on))
@@ -174,15 +181,52 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * c - b * s, b * c + a * s), dim=-1)
 
 
-def _cached(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the cache's dtype; float16 holds at its largest what is beyond: an infinity would make all scores NaN."""
+def spread(x: Tensor) -> Tensor:
+    """x [..., D] times a Hadamard matrix over its root, in blocks of the largest power of two in D: orthogonal, and a
+    channel far larger than the others is shared out among its block (Ashkboos et al. 2024, section 4).
+    """
+    width = x.shape[-1]
+    block, distance = width & -width, 1
+    while distance < block:
+        a, b = x.unflatten(-1, (-1, 2, distance)).unbind(-2)
+        x = torch.stack((a + b, a - b), dim=-2).flatten(-3)
+        distance *= 2
+    shared: Tensor = x * block**-0.5
+    return shared
+
+
+def cached_width(width: int, dtype: torch.dtype) -> int:
+    """Elements that a head of `width` numbers takes in a cache of this dtype."""
+    return width + 2 if dtype is torch.int8 else width
+
+
+def cached(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values x [..., D] as a cache of this dtype holds them.
+
+    int8 [..., D + 2]: a head's scale is its largest magnitude / 127 in bfloat16 (two bytes behind the codes, their low
+    one first), its codes x / scale rounded to nearest. NaN makes the scale NaN, and so the whole head.
+    """
+    if dtype is torch.int8:
+        largest = x.abs().amax(-1, keepdim=True).clamp(max=LARGEST_CACHED)
+        scale = (largest / 127).bfloat16()
+        codes = (x / scale.float()).round().clamp(-127, 127)
+        # a head without a magnitude has the code 0, and so has one that is NaN
+        codes = torch.where(scale > 0, codes, 0)
+        return torch.cat((codes.to(torch.int8), scale.view(torch.int8)), dim=-1)
     if dtype is torch.float16:
-        limit = torch.finfo(dtype).max
-        x = x.clamp(-limit, limit)
+        x = x.clamp(-LARGEST_CACHED, LARGEST_CACHED)
     return x.to(dtype)
 
 
+def uncached(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `cached` made of [..., D], in the dtype of the computation."""
+    if rows.dtype is not torch.int8:
+        return rows.to(dtype)
+    scale = rows[..., -2:].contiguous().view(torch.bfloat16)
+    return rows[..., :-2].to(dtype) * scale.to(dtype)
+
+
 def _gather(cache: Tensor, pages: Tensor, page_size: int, length: int) -> Tensor:
-    """The first `length` rows of a sequence [length, KV, D]."""
+    """The first `length` cached rows of a sequence."""
     found: Tensor = cache.unflatten(0, (-1, page_size))[pages].flatten(0, 1)[:length]
     return found

@@ -23,13 +23,15 @@ from fewbit.prepared import PreparedLayouts
 from fewbit.runtime.cache import PAGE_SIZE, PageAllocator
 from fewbit.runtime.cache import Sequence as CachedSequence
 from fewbit.runtime.graphs import StepGraphs
-from fewbit.runtime.placement import CARD_CHUNK, CPU, PREFILL_CHUNK, Placement, out_of_memory, place, plan
+from fewbit.runtime.placement import CARD_CHUNK, PREFILL_CHUNK, Placement, out_of_memory, place
 from fewbit.runtime.sampler import Sampler, Sampling
 from fewbit.source import Source, open_source
 from fewbit.tokenizer import TextStream, Tokenizer
 
 Progress = Callable[[int, int, str], None]
 DEFAULT_CONTEXT = 8192
+# how keys and values may be kept, the default first
+CACHES = {"16bit": torch.float16, "int8": torch.int8}
 # sequences with the new tokens of each
 Steps = Sequence[tuple[CachedSequence, Sequence[int]]]
 
@@ -65,12 +67,14 @@ class LanguageModel:
         exact: bool,
         context: int | None,
         progress: Progress | None = None,
+        cache: str | None = None,
         placement: Placement | None = None,
     ) -> None:
         self.source, self.name, self.exact = source, source.name, exact
+        dtype = cache_dtype(exact, cache)
         self.tokenizer = Tokenizer(source.checkpoint.tokenizer())
         self.context = checked_context(source, context)
-        placement = placement or Placement(CPU, plan(source, self.context, exact, on_card=False))
+        placement = placement or placed(source, "cpu", exact, context, cache)
         self.device, self.plan, self.device_note = placement.device, placement.plan, placement.note
         # tokens of a prompt that run at once: bounds the activations' memory
         self.chunk = CARD_CHUNK if self.device.type == "cuda" else PREFILL_CHUNK
@@ -84,8 +88,7 @@ class LanguageModel:
         try:
             with self._on_card():
                 self.model: Any = self._load(progress)
-                # keys and values in 16 bits halve the cache; exact runs keep all of their bits
-                self.model.allocate(pages * PAGE_SIZE, torch.float32 if exact else torch.float16)
+                self.model.allocate(pages * PAGE_SIZE, dtype)
         except torch.OutOfMemoryError as error:
             said = str(error)
         if said is not None:
@@ -381,6 +384,11 @@ def checked_context(source: Source, context: int | None) -> int:
     return context or min(limit, DEFAULT_CONTEXT)
 
 
+def placed(source: Source, device: str, exact: bool, context: int | None, cache: str | None) -> Placement:
+    """Where a model goes with these settings of `load`; raises as that does."""
+    return place(device, source, checked_context(source, context), exact, cache_dtype(exact, cache))
+
+
 def not_finite(logits: Tensor, tokens: int) -> FewbitError:
     """The model's output after `tokens` tokens can't be sampled from."""
     broken = int((~torch.isfinite(logits)).sum())
@@ -420,6 +428,24 @@ def _counted(source: Source, progress: Progress, total: int) -> Callable[[str], 
     return read
 
 
+def cache_dtype(exact: bool, cache: str | None) -> torch.dtype:
+    """What keys and values are kept in: float32 in exact runs, which keep all of their bits, else a name of CACHES.
+
+    FewbitError where an exact run is given another, or the name is none.
+    """
+    if cache is not None and cache not in CACHES:
+        raise FewbitError(
+            "There is no such cache.", f"Asked for {cache!r}; there are {', '.join(CACHES)}.", "Choose one of them."
+        )
+    if exact and cache is not None:
+        raise FewbitError(
+            "An exact run can't have another cache.",
+            f"Asked for {cache}; exact runs keep keys and values in float32: only weights are rounded there.",
+            "Drop one of the two.",
+        )
+    return torch.float32 if exact else CACHES[cache or "16bit"]
+
+
 def set_threads(count: int) -> None:
     """CPU threads of torch and of every backend; FewbitError where the machine can't have as many."""
     most = 4 * (os.cpu_count() or 1)
@@ -439,6 +465,7 @@ def load(
     context: int | None = None,
     threads: int | None = None,
     device: str = "auto",
+    cache: str | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel:
     """Load an alias, a folder or a GGUF file.
@@ -447,13 +474,14 @@ def load(
     context  most tokens of a conversation (default: the model's own limit, at most 8192)
     threads  CPU threads (default: the cores this process may use)
     device   auto (a card that is there and has room, or the CPU, with `device_note` saying why), cpu, cuda, cuda:N
-    Raises FewbitError where the model is missing, broken, of an unknown architecture, the context impossible, or the
-    named device is not there or too small.
+    cache    keys and values in "16bit" (default), or in "int8": about half the memory, and less to read at long
+             contexts; on the CPU only, as yet. Exact runs keep them in float32 and refuse either.
+    Raises FewbitError where the model is missing, broken, of an unknown architecture, the context impossible, there is
+    no such cache, or the named device is not there or too small.
     """
+    cache_dtype(exact, cache)
     if threads is not None:
         set_threads(threads)
     note = (lambda text: progress(0, 1, text)) if progress else None
     source = open_source(model, note)
-    return LanguageModel(
-        source, exact, context, progress, place(device, source, checked_context(source, context), exact)
-    )
+    return LanguageModel(source, exact, context, progress, cache, placed(source, device, exact, context, cache))

@@ -11,6 +11,7 @@ import torch
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
 from fewbit.kernels._nvrtc import missing
+from fewbit.kernels.ops import cached_width
 from fewbit.source import Source
 
 CPU = torch.device("cpu")
@@ -72,15 +73,15 @@ def cards() -> list[Card]:
     return found
 
 
-def plan(source: Source, context: int, exact: bool, on_card: bool = True) -> Plan:
-    """What the model takes with a cache of `context` tokens, from headers alone."""
+def plan(source: Source, context: int, exact: bool, cached: torch.dtype, on_card: bool = True) -> Plan:
+    """What the model takes with a cache of `context` tokens in the type `cached`, from headers alone."""
     a, dtype = source.args, source.dtype
     stored = {w.name: parse(source.spec(w.name)).nbytes(w.shape, dtype) for w in source.weights}
     counts = {w.name: torch.Size(w.shape).numel() for w in source.weights}
     # the reference keeps float32, as norms are everywhere
     kept = {w.name: 4 * counts[w.name] if exact or len(w.shape) == 1 else stored[w.name] for w in source.weights}
-    number = 4 if exact else 2
-    cache = 2 * a.num_hidden_layers * context * a.num_key_value_heads * a.head_dim * number
+    cache = 2 * a.num_hidden_layers * context * a.num_key_value_heads
+    cache *= cached_width(a.head_dim, cached) * cached.itemsize
     tokens = min(context, CARD_CHUNK if on_card else PREFILL_CHUNK)
     attention = (2 * a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_dim
     # residual, its norm and what is added; then the widest of what attention and the gated product hold at once
@@ -92,37 +93,39 @@ def plan(source: Source, context: int, exact: bool, on_card: bool = True) -> Pla
     )
 
 
-def place(device: str, source: Source, context: int, exact: bool = False) -> Placement:
+def place(
+    device: str, source: Source, context: int, exact: bool = False, cached: torch.dtype = torch.float16
+) -> Placement:
     """`auto`, `cpu`, `cuda` or `cuda:N` -> where the model goes; `auto` takes a card it fits, or says why not.
 
     FewbitError where the name is none of these, the card is not there, too small or can't be used, or none of several
     is named.
     """
     if device == "auto":
-        return _automatic(source, context, exact)
+        return _automatic(source, context, exact, cached)
     if device == "cpu":
-        return Placement(CPU, plan(source, context, exact, on_card=False))
+        return Placement(CPU, plan(source, context, exact, cached, on_card=False))
     named = re.fullmatch(r"cuda(?::(\d{1,3}))?", device)
     if not named:
         raise FewbitError(f"{device!r} is not a device.", "Devices: auto, cpu, cuda, cuda:N.", "Give one of these.")
     card = _named(int(named[1]) if named[1] else None)
-    if reason := _unusable(card):
+    if reason := _unusable(card, cached):
         raise FewbitError(f"The card cuda:{card.index} can't be used.", f"{reason}.", "Run with --device cpu.")
-    wanted = plan(source, context, exact)
+    wanted = plan(source, context, exact, cached)
     if wanted.total > card.free:
         raise too_large(wanted, card)
     return Placement(torch.device("cuda", card.index), wanted)
 
 
-def _automatic(source: Source, context: int, exact: bool) -> Placement:
+def _automatic(source: Source, context: int, exact: bool, cached: torch.dtype) -> Placement:
     found = cards()
-    on_cpu = plan(source, context, exact, on_card=False)
+    on_cpu = plan(source, context, exact, cached, on_card=False)
     if not found:
         note = "There is a card, but this torch was built without CUDA" if _DRIVER.exists() else None
         return Placement(CPU, on_cpu, note and f"{note}: the CPU is used.")
     card = max(found, key=lambda c: (c.capability >= LEAST_CAPABILITY, c.free))
-    wanted = plan(source, context, exact)
-    reason = _unusable(card)
+    wanted = plan(source, context, exact, cached)
+    reason = _unusable(card, cached)
     if not reason and wanted.total > card.free:
         reason = f"{wanted}; {_gib(card.free)} of {card.name} are free"
     if reason:
@@ -153,7 +156,9 @@ def _named(index: int | None) -> Card:
     return found[index]
 
 
-def _unusable(card: Card) -> str | None:
+def _unusable(card: Card, cached: torch.dtype) -> str | None:
+    if cached is torch.int8:
+        return "keys and values are kept in 8 bits on the CPU only, as yet"
     if card.capability < LEAST_CAPABILITY:
         have, need = (".".join(map(str, c)) for c in (card.capability, LEAST_CAPABILITY))
         return f"{card.name} has compute capability {have}; the kernels need {need}"

@@ -18,8 +18,7 @@ from fewbit.layers import Linear
 from fewbit.memory import PeakMemory
 from fewbit.random_models import RandomCheckpoint
 from fewbit.runtime.cache import Sequence
-from fewbit.runtime.engine import LanguageModel, checked_context, load, set_threads
-from fewbit.runtime.placement import place
+from fewbit.runtime.engine import LanguageModel, load, placed, set_threads
 from fewbit.runtime.sampler import Sampler, Sampling
 from fewbit.source import Source
 
@@ -68,7 +67,11 @@ class Speed:
     # in use on the card after the runs, by everything
     card_memory: int | None
     # why the card was not used, where there is one
-    note: str | None
+    device_note: str | None
+    # why no prepared layout is kept, or what was wrong with the one that was
+    prepared_note: str | None
+    # how keys and values were kept
+    cache: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -84,12 +87,14 @@ def measure_speed(
     device: str = "auto",
     context: int | None = None,
     repeat: int = 5,
+    cache: str | None = None,
     progress: Progress | None = None,
 ) -> Speed:
     """Load a model (or a source, such as `random_model` gives), then time a prompt of `prompt` random tokens and `new`
     greedy tokens after it, `repeat` times.
 
-    Between the runs the machine's ceilings are measured. Raises FewbitError where the run does not fit the context.
+    Between the runs the machine's ceilings are measured; `cache` is that of `load`. Raises FewbitError where the run
+    does not fit the context.
     """
     if min(prompt, new, repeat) < 1:
         raise FewbitError(
@@ -97,7 +102,7 @@ def measure_speed(
         )
     with PeakMemory() as memory:
         clock = time.perf_counter()
-        loaded = _load(model, threads, device, context)
+        loaded = _load(model, threads, device, context, cache)
         loaded.synchronize()
         load_seconds = time.perf_counter() - clock
         if prompt + new > loaded.context:
@@ -128,20 +133,24 @@ def measure_speed(
         instruction_set=machine.isa if machine else None,
         device=loaded.device_name,
         card_memory=loaded.card_memory(),
-        note=loaded.device_note,
+        device_note=loaded.device_note,
+        prepared_note=loaded.prepared_note,
+        cache=cache or "16bit",
         **_rates(loaded, prompt, new, runs, found),
     )
 
 
-def _load(model: str | Path | Source, threads: int | None, device: str, context: int | None) -> LanguageModel:
+def _load(
+    model: str | Path | Source, threads: int | None, device: str, context: int | None, cache: str | None
+) -> LanguageModel:
     if not isinstance(model, Source):
-        return load(model, threads=threads, device=device, context=context)
+        return load(model, threads=threads, device=device, context=context, cache=cache)
     if threads is not None:
         set_threads(threads)
-    placement = place(device, model, checked_context(model, context))
+    placement = placed(model, device, False, context, cache)
     if isinstance(model.checkpoint, RandomCheckpoint):
         model.checkpoint.device = placement.device
-    return LanguageModel(model, False, context, placement=placement)
+    return LanguageModel(model, False, context, cache=cache, placement=placement)
 
 
 def _ceilings(model: LanguageModel) -> Ceilings | CardCeilings | None:
