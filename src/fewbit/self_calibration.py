@@ -51,7 +51,7 @@ def write(
             f"Asked for {count} texts of {length} tokens.",
             "Ask for at least one text of at least one token.",
         )
-    loaded = load(model, context=length if length > DEFAULT_CONTEXT else None, progress=progress)
+    loaded = load(model, context=length if length > DEFAULT_CONTEXT else None, device="cpu", progress=progress)
     if length > loaded.context:
         raise FewbitError(
             "The calibration windows are longer than the model's context.",

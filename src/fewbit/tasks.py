@@ -36,13 +36,14 @@ def run_tasks(
     *,
     limit: int | None = None,
     exact: bool = False,
+    device: str = "cpu",
     cache: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, float]]:
     """Run tasks of lm-eval on a model -> {task: {figure: value}}, groups of tasks among them.
 
-    names  the harness's own names or patterns, or YAML files of tasks; limit  questions of each task; exact and cache
-    as in `load`
+    names  the harness's own names or patterns, or YAML files of tasks; limit  questions of each task; exact, device
+    and cache as in `load`
     A figure is spelled as the harness does (`acc`, `acc_stderr`, `word_perplexity`), with its filter where it has one
     (`exact_match,strict-match`). Raises FewbitError where lm-eval is missing, a task is unknown, or its data can't be
     had, beside what `load` raises.
@@ -54,7 +55,7 @@ def run_tasks(
     evaluator, manager = _harness(known=not all(_is_file(name) for name in names))
     # before the model: a misspelt name should not cost its loading
     tasks = _load_tasks(manager, names)
-    language_model = load(model, exact=exact, cache=cache, progress=progress)
+    language_model = load(model, exact=exact, device=device, cache=cache, progress=progress)
     harness_model = _adapter(language_model, progress)
     # the harness prints, and standard output belongs to figures
     with contextlib.redirect_stdout(sys.stderr):

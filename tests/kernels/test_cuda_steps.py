@@ -71,22 +71,18 @@ def unpacked(x: Halves) -> Tensor:
     return found if x.scales is None else found * x.scales[:, None]
 
 
-@pytest.mark.parametrize(("tokens", "n"), [(1, 64), (3, 576), (2, 8192), (5, 28672)])
+@pytest.mark.parametrize(("tokens", "n"), [(1, 64), (3, 576), (2, 8192), (5, 16384)])
 @pytest.mark.parametrize("size", [1e-7, 1.0, 3e5])
-def test_activations_as_halves(
+def test_a_norm_as_halves(
     card: torch.device, random: Callable[..., Tensor], tokens: int, n: int, size: float, nan_outputs: None
 ) -> None:
-    x = (random(tokens, n) * size).to(card)
-    ops, backend = CudaOps(card), Cuda()
-    found, theirs = ops.halves(x), backend.halve(x)
-    assert found is not None
-    assert found.scales is not None
-    assert torch.equal(unpacked(found), unpacked(theirs))
-    assert error(unpacked(found), x) < 1e-3
-    if n <= 8192:
-        weight = random(n, seed=2).to(card) * size
-        expected = F.rms_norm(x.double(), (n,), weight.double(), 1e-30)
-        assert error(unpacked(ops.norm_halves(x, weight, 1e-30)), expected) < 1e-3
+    x, weight = random(tokens, n).to(card), random(n, seed=2).to(card) * size
+    ops = CudaOps(card)
+    found = unpacked(ops.norm_halves(x, weight, 1e-5))
+    assert error(found, F.rms_norm(x.double(), (n,), weight.double(), 1e-5)) < 1e-3
+    # tokens are scaled as the backend's own are
+    theirs = unpacked(Cuda().halve(ops.rms_norm(x, weight, 1e-5)))
+    assert error(found, theirs) < 1e-4
 
 
 def test_heads_a_block_serves() -> None:

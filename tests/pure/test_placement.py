@@ -25,11 +25,15 @@ def card(index: int = 0, free: float = 80, capability: tuple[int, int] = (9, 0))
     return Card(index, f"Card {index}", int(free * GIB), 80 * GIB, capability)
 
 
+AUTOMATIC = placement._automatic
+
+
 @pytest.fixture
 def have(monkeypatch: pytest.MonkeyPatch) -> Any:
     """have(*cards): these are the machine's, and kernels can be compiled."""
 
     def pretend(*cards: Card, missing: str | None = None) -> None:
+        monkeypatch.setattr(placement, "_automatic", AUTOMATIC)
         monkeypatch.setattr(placement, "cards", lambda: list(cards))
         monkeypatch.setattr(placement, "missing", lambda: missing)
 

@@ -209,7 +209,9 @@ def _run_tasks(args: argparse.Namespace, names: list[str], exact: bool, report: 
     found[args.against] = run_tasks(args.against, names, limit=args.limit, exact=True, progress=report)
     for model in args.model:
         if model not in found:
-            found[model] = run_tasks(model, names, limit=args.limit, exact=exact, cache=args.cache, progress=report)
+            found[model] = run_tasks(
+                model, names, limit=args.limit, exact=exact, device=args.device, cache=args.cache, progress=report
+            )
 
 
 def print_quality(against: str, found: Sequence[Quality]) -> None:

@@ -28,9 +28,9 @@ MOST_SHARING = 8
 MOST_SHARED_NUMBERS = 1024
 # sequences of one step whose partial sums have room
 SEQUENCES = 16
-# a token's hidden state, or its gated product, lies in the registers of one block
-MOST_HIDDEN, MOST_GATED = 1024 * 16, 1024 * 32
-STEPS = ("add_norm", "halve_row", "gated_silu", "rotate_append", "attend_one")
+# a token's hidden state lies in the registers of one block
+MOST_HIDDEN = 1024 * 16
+STEPS = ("add_norm", "gated_silu", "rotate_append", "attend_one")
 
 
 def sharing(heads: int, kv_heads: int, width: int) -> int:
@@ -73,15 +73,6 @@ class CudaOps(Ops):
         tokens, n = x.shape
         found = _no_halves(tokens, n, x.device)
         self._add_norm(x, None, weight, eps, None, found.values, found.scales)
-        return found
-
-    def halves(self, x: Tensor) -> Halves | None:
-        """x [T, n] as the products take it; None where a row is too long for the registers of a block."""
-        tokens, n = x.shape
-        if n % 4 or -(-n // 128) * 128 > MOST_GATED:
-            return None
-        found = _no_halves(tokens, n, x.device)
-        _run(self.kernels()["halve_row"], (tokens, 1, 1), 1024, *_pointers(x, found.values, found.scales), c_int(n))
         return found
 
     def _add_norm(
@@ -174,7 +165,7 @@ class CudaStack(Stack):
             gated = backend.gated(normed, gate_up)
         else:
             gated = ops.gated(backend.multiply(normed, gate_up), layer.activation)
-        backend.multiply(ops.halves(gated) or backend.halve(gated), _packed(layer.down), add=x, out=x)
+        backend.multiply(backend.halve(gated), _packed(layer.down), add=x, out=x)
 
     def _attend_one(
         self,

@@ -132,39 +132,6 @@ extern "C" __global__ void __launch_bounds__(1024)
       *reinterpret_cast<uint2*>(halves + place_of(c, token, tokens)) = make_uint2(0, 0);
 }
 
-// x [T, n] as halves, `scales` as above. One block a token; n is a multiple of 4 and at most 32 * blockDim.x.
-extern "C" __global__ void __launch_bounds__(1024) halve_row(const float* x, u16* halves, float* scales, int n) {
-  __shared__ float sums[kWarp], tops[kWarp];
-  const int quads = n / 4, threads = blockDim.x, token = blockIdx.x, tokens = gridDim.x;
-  const float4* mine = reinterpret_cast<const float4*>(x) + static_cast<long long>(token) * quads;
-  wait_for_inputs();
-  let_next_begin();
-  float4 held[8];
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const int at = threadIdx.x + i * threads;
-    held[i] = at < quads ? mine[at] : make_float4(0.f, 0.f, 0.f, 0.f);
-  }
-  float top = 0.f, none = 0.f;
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const float4 h = held[i];
-    top = fmaxf(top, fmaxf(fmaxf(fabsf(h.x), fabsf(h.y)), fmaxf(fabsf(h.z), fabsf(h.w))));
-  }
-  block_sum_and_max(none, top, sums, tops);
-  const int by = power_of(top);
-  const float f = __uint_as_float(static_cast<u32>(127 - by) << 23);
-  if (threadIdx.x == 0) scales[token] = __uint_as_float(static_cast<u32>(127 + by) << 23);
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const int at = threadIdx.x + i * threads;
-    const float4 h = held[i];
-    if (at < (n + 127) / 128 * 32)
-      *reinterpret_cast<uint2*>(halves + place_of(4 * at, token, tokens)) =
-          make_uint2(half2_of(h.x * f, h.y * f), half2_of(h.z * f, h.w * f));
-  }
-}
-
 // gate_up [T, 2n], gate first -> out [T, n] = silu(gate) * up; n is a multiple of 4.
 extern "C" __global__ void gated_silu(const float* gate_up, float* out, int n, long long count) {
   let_next_begin();
