@@ -180,7 +180,6 @@ def main() -> int:
                     print(
                         f"{shape:12} int{bits} Humming    not timed: {type(error).__name__}: {error!s:.100}", flush=True
                     )
-            # what there is of the figures outlives a run that is stopped
             rows.append({"shape": shape, "bits": bits, "humming": humming, "cublas": dense, **own})
             torch.cuda.empty_cache()
     found = missed(rows)
