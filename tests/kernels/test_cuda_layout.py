@@ -76,6 +76,29 @@ def test_a_tile_is_operand_a_of_the_matrix_unit(bits):
     assert torch.equal(out, codes.long() @ x)
 
 
+# what codes.cuh wants of CUDA
+HOST = """
+#include <cstring>
+#define __device__
+#define __forceinline__ inline
+static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) {
+        unsigned n = selector >> 4 * i & 7;
+        result |= ((n < 4 ? a >> 8 * n : b >> 8 * (n - 4)) & 255) << 8 * i;
+    }
+    return result;
+}
+static float __uint_as_float(unsigned u) {
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+#include "codes.cuh"
+extern "C" void unpack(int bits, const u32* w, u32* p, int* at) { %s }
+"""
+
+
 def host_unpacking(folder: Path) -> ctypes.CDLL:
     """codes.cuh compiled for the CPU."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -86,15 +109,7 @@ def host_unpacking(folder: Path) -> ctypes.CDLL:
         for b in BITS
     )
     source = folder / "unpack.cpp"
-    source.write_text(
-        "#include <cstring>\n#define __device__\n#define __forceinline__ inline\n"
-        "static unsigned __byte_perm(unsigned a, unsigned b, unsigned s) { unsigned r = 0; for (int i = 0; i < 4; ++i) {"
-        "unsigned n = s >> 4 * i & 7; r |= ((n < 4 ? a >> 8 * n : b >> 8 * (n - 4)) & 255) << 8 * i; } return r; }\n"
-        "static float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }\n"
-        '#include "codes.cuh"\n'
-        f'extern "C" void unpack(int bits, const u32* w, u32* p, int* at) {{ {cases} }}\n',
-        encoding="utf-8",
-    )
+    source.write_text(HOST % cases, encoding="utf-8")
     library = folder / "unpack.so"
     flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{SOURCES}"]
     subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)

@@ -22,7 +22,7 @@ class CardCeilings:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.isa = f"sm_{_nvrtc.card_arch(device.index)}"
-        self._read_all = _nvrtc.module("choose.cu", ("read_all",), None, device.index)["read_all"]
+        self._read_all = _nvrtc.module("read.cu", ("read_all",), None, device.index)["read_all"]
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def measure(self) -> Ceiling:

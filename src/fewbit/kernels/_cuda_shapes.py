@@ -55,19 +55,23 @@ def shape_for(kind: Kind, blocks: int, tiles: int, wide: int, most_shared: int) 
 
 
 def _best(bits: int, blocks: int, tiles: int, wide: int) -> Shape:
-    """The fastest of some 15 tried on one H100 over the shapes of 8B and 70B models (benchmarks/gpu_products.py)."""
+    """The fastest of some 15 tried on one H100 over the shapes of 8B and 70B models, at groups of 128 columns."""
     # rows for several rounds of all multiprocessors, or hardly for one
     many, few = blocks >= MANY_BLOCKS, blocks <= FEW_BLOCKS
     if wide == 1:
         if many and bits <= 4:
-            return {4: Shape(1, 8, 1, 2, 1), 3: Shape(1, 4, 2, 4, 1), 2: Shape(1, 8, 2, 2, 1)}[bits]
-        return Shape(1, 32 if few and tiles >= LONG_TILES and bits <= 4 else 16, 1, 2, 1)
+            return Shape(1, 8, 2, 2, 1) if bits == 2 else Shape(1, 8, 1, 2, 1)
+        if few and tiles >= LONG_TILES and bits <= 4:
+            return Shape(1, 32, 1, 2, 1)
+        return Shape(1, 16, 1, 2, 1) if bits <= 4 or few or blocks >= SOME_BLOCKS else Shape(1, 8, 1, 3, 1)
     if wide == 2:
         if few:
             return Shape(1, 16, 1, 2, 0)
         if bits > 4 or blocks < SOME_BLOCKS:
             return Shape(1, 8, 1, 3, 1)
         if many:
-            return Shape(1, 4, 2, 3, 1) if bits == 4 else Shape(2, 4, 2, 3, 0)
+            return Shape(1, 4, 2, 3, 1) if bits == 4 else Shape(2, 4, 2, 3, 2)
         return Shape(1, 16, 2, 2, 0)
-    return Shape(1, 8, 1, 3, 2)
+    if few:
+        return Shape(1, 8, 1, 3, 0)
+    return Shape(1, 4, 2, 2, 2) if many else Shape(1, 8, 2, 2, 2)

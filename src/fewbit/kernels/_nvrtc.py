@@ -167,6 +167,14 @@ def card_arch(device: int | None = None) -> int:
 
 
 @cache
+def most_shared(device: int) -> int:
+    """Bytes of shared memory that a block may ask for."""
+    driver, _ = _both()
+    which = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    return int(_done(driver.cuDeviceGetAttribute(which, device)))
+
+
+@cache
 def _loaded(source: str, defines: tuple[tuple[str, str], ...], device: int) -> Any:
     driver, _ = _both()
     image = _kept(source, defines, card_arch(device))

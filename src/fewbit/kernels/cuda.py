@@ -2,10 +2,9 @@
 
 Activations are rounded to halves once, each token first scaled by a power of two where its magnitude asks for it;
 weights are exact; sums are in float32. Up to `FUSED_TOKENS` tokens the packed weights are multiplied as they are, in
-one pass over them for 8 or 16 tokens; a token's results depend on the number of tokens beside it (1 .. 8, 9 .. 16, more),
-not on what they are. More tokens: weights
-are written out as halves, rounded, in slices of at most 64 MB, and multiplied by cuBLAS. 7-bit codes take a byte. The
-sources are compiled at first use (see _nvrtc.py).
+one pass over them for 8, 16 or 32 tokens. More tokens: weights are written out as halves, rounded, in slices of at most
+64 MB, and multiplied by cuBLAS. A token's results may depend on how many tokens are beside it (1 to 8, 9 to 16, more),
+never on what they are. 7-bit codes take a byte. The sources are compiled at first use (see _nvrtc.py).
 
 Tensors on the CPU are copied to the card and the results back.
 """
@@ -32,6 +31,8 @@ FUSED_TOKENS = 128
 # bytes of weights that are written out at a time
 EXPANDED_BYTES = 64 << 20
 LEAST_ARCH = 80
+# of halve.cu
+HALVE_THREADS = 1024
 
 
 class _Weights(ctypes.Structure):
@@ -153,7 +154,7 @@ class Cuda(Backend):
             if part.factor != 1:
                 y[:, part.first : part.first + part.rows] *= 1 / part.factor
         args = (_pointer(y), ctypes.c_uint64(y.stride(0)), ctypes.c_int(y.shape[1]), _pointer(scales))
-        _plain(x.device.index)["rescale"].launch((tokens, 1, 1), (512, 1, 1), args)
+        _plain(x.device.index)["rescale"].launch((tokens, 1, 1), (HALVE_THREADS, 1, 1), args)
         return y
 
     def rows(self, packed: Packed, ids: Tensor) -> Tensor:
@@ -216,7 +217,7 @@ def _halve(x: Tensor, halves: Tensor, padded: int, block_step: int, token_step: 
         ctypes.c_int(token_step),
         _pointer(scales),
     )
-    _plain(x.device.index)["halve"].launch((len(x), 1, 1), (512, 1, 1), args, dependent=True)
+    _plain(x.device.index)["halve"].launch((len(x), 1, 1), (HALVE_THREADS, 1, 1), args, dependent=True)
     return scales
 
 
@@ -224,7 +225,7 @@ def _product(part: Part, x: Halves, out: int, add: int, stride: int, gated: bool
     """One launch: `part` times all tokens of x."""
     device = part.codes.device.index
     wide = 1 if x.tokens <= 8 else 2 if x.tokens <= 16 else 4
-    shape = shape_for(part.kind, part.blocks, part.tiles, wide, _most_shared(device))
+    shape = shape_for(part.kind, part.blocks, part.tiles, wide, _nvrtc.most_shared(device))
     output = _Output(0 if x.scales is None else x.scales.data_ptr(), add, out, stride, part.rows, part.pair)
     counts = [ctypes.c_int(n) for n in (part.blocks, part.tiles, x.tokens)]
     args = Arguments(_weights(part), _pointer(x.values), output, *counts)
@@ -250,12 +251,6 @@ def _dense_part(part: Part, halves: Tensor, y: Tensor) -> None:
             ranges = [(0, part.first + 32 * first, min(32 * blocks, part.rows - 32 * first))]
         for start, to, rows in ranges:
             torch.mm(halves, room[start : start + rows].t(), torch.float32, out=y[:, to : to + rows])
-
-
-@cache
-def _most_shared(device: int) -> int:
-    """Bytes of shared memory that a block may ask for."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 @cache

@@ -2,7 +2,9 @@
 // they do not, so that nothing overflows.
 #include "pieces.cuh"
 
-#define THREADS 512
+#define THREADS 1024
+// fours of a token that a thread keeps; longer tokens are read twice
+#define KEPT 8
 // a token whose largest magnitude lies from 2^-8 to 2^15 is not scaled
 #define LEAST -8
 #define MOST 14
@@ -18,6 +20,16 @@ __device__ __forceinline__ float4 four(const float* x, int at, int columns, bool
     return make_float4(v[0], v[1], v[2], v[3]);
 }
 
+struct Place {
+    u16* token;
+    int block_step;
+    float inverse;
+    __device__ __forceinline__ void write(int at, float4 v) const {
+        u16* to = token + (u64)(at / 32) * block_step + at % 32;
+        *(uint2*)to = make_uint2(half2_of(v.x * inverse, v.y * inverse), half2_of(v.z * inverse, v.w * inverse));
+    }
+};
+
 // x [tokens][stride] -> halves: column c of a token lies at c / 32 * block_step + token * token_step + c % 32, up to
 // `padded` columns, zeros behind the last; scales [tokens] are what the halves are to be multiplied by.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -28,8 +40,17 @@ halve(const float* x, u64 stride, int columns, int padded, u16* halves, int bloc
     let_next_begin();
     const float* from = x + token * stride;
     bool aligned = (u64)from % 16 == 0;
+    float4 kept[KEPT];
     float most = 0.0f;
-    for (int at = threadIdx.x * 4; at < columns; at += THREADS * 4) most = fmaxf(most, magnitude(four(from, at, columns, aligned)));
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) {
+        int at = (i * THREADS + threadIdx.x) * 4;
+        kept[i] = at < columns ? four(from, at, columns, aligned) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) most = fmaxf(most, magnitude(kept[i]));
+    for (int at = (KEPT * THREADS + threadIdx.x) * 4; at < columns; at += THREADS * 4)
+        most = fmaxf(most, magnitude(four(from, at, columns, aligned)));
     for (int step = 16; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFF, most, step));
     if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = most;
     __syncthreads();
@@ -38,11 +59,14 @@ halve(const float* x, u64 stride, int columns, int padded, u16* halves, int bloc
     if (most > 0.0f && exponent < 128 && (exponent < LEAST || exponent > MOST)) by = max(exponent - MOST, -126);
     float inverse = __uint_as_float((u32)(127 - by) << 23);
     if (threadIdx.x == 0) scales[token] = __uint_as_float((u32)(127 + by) << 23);
-    for (int at = threadIdx.x * 4; at < padded; at += THREADS * 4) {
-        float4 v = four(from, at, columns, aligned);
-        u16* to = halves + (u64)(at / 32) * block_step + (u64)token * token_step + at % 32;
-        *(uint2*)to = make_uint2(half2_of(v.x * inverse, v.y * inverse), half2_of(v.z * inverse, v.w * inverse));
+    Place place{halves + (u64)token * token_step, block_step, inverse};
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) {
+        int at = (i * THREADS + threadIdx.x) * 4;
+        if (at < padded) place.write(at, kept[i]);
     }
+    for (int at = (KEPT * THREADS + threadIdx.x) * 4; at < padded; at += THREADS * 4)
+        place.write(at, four(from, at, columns, aligned));
 }
 
 // out [tokens][columns] *= scales [tokens]; most are 1

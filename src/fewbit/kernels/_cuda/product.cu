@@ -9,34 +9,12 @@
 // Defined by whoever compiles: what tiles.cuh wants; NT (tokens / 8); WN, WK, RB, STAGES, XAHEAD; GATED (0, or 1: out =
 // silu(first 16 rows of a tile) * last 16).
 #include "tiles.cuh"
+#include "units.cuh"
 
 #define WARPS (WN * WK)
 // floats between two tokens of a warp's sums: no two threads in one bank
 #define PITCH 36
 #define SLOT (RB * (CODE_BYTES + (SPAN ? GROUPS * (SCALE_BYTES + SHIFT_BYTES) : 0)))
-
-// weights are read once: they pass by L1
-__device__ __forceinline__ void copy(char* to, const char* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-}
-__device__ __forceinline__ void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT>
-__device__ __forceinline__ void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-}
-
-__device__ __forceinline__ Words shared_by_all(const void* p) {
-    Words v;
-    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
-
-// c += a b; a 16 x 16, b 16 x 8
-__device__ __forceinline__ void multiply(float* c, const u32* a, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 // tile `at` of RB blocks of rows, `step` tiles apart, into a slot
 __device__ __forceinline__ void copy_tiles(char* slot, const Weights& w, u64 at, u64 step, int lane) {

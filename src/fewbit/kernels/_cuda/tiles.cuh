@@ -14,8 +14,6 @@
 #define SCALE_BYTES (SCALES ? 64 : 128)
 #define SHIFT_BYTES (SHIFTS == 0 ? 0 : SHIFTS == 1 ? 32 : 128)
 
-struct Words { u32 x, y, z, w; };
-
 struct Weights {
     const char* codes;
     const char* scales;
