@@ -24,7 +24,7 @@ size_t bytes_of(const fewbit::Matrix &m) { return static_cast<size_t>(m.nbytes()
 const uint8_t *memory_of(const fewbit::Matrix &m) { return m.blocks().front().view.codes; }
 
 void tell_blocks(fewbit::Matrix &m, const MatrixSpec &spec) {
-    for (const BlockSpec &b : spec.blocks) m.add_block(b.rows, b.span, b.bits, b.scale_type, b.zero, b.offsets);
+    for (const BlockSpec &b : spec.blocks) m.add_block(b.rows, b.span, b.bits, b.scale_type, b.zero, b.offset_type);
 }
 
 MatrixSpec random_spec(int i, Random &random) {
@@ -111,7 +111,7 @@ void check_mapped(const Made &own) {
         const std::vector<uint8_t> codes(static_cast<size_t>(own.spec.columns));
         const float zeros[8] = {};
         refused("filling a file that is only read", [&] {
-            over.fill(0, 0, 1, codes.data(), zeros, own.spec.blocks[0].offsets ? zeros : nullptr);
+            over.fill(0, 0, 1, codes.data(), zeros, own.spec.blocks[0].offset_type ? zeros : nullptr);
         });
     }
     if (!gone) fail("a mapping outlives its matrix");
