@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fewbit.kernels._cuda_ops import ATTEND_THREADS, MOST_SPLITS, TILE, sharing
+from fewbit.kernels._cuda_ops import MOST_SPLITS, TILE, sharing
 from fewbit.kernels._nvrtc import SOURCES
 from fewbit.kernels.ops import Ops
 

@@ -13,7 +13,8 @@ from fewbit.cli._terminal import note, print_json, progress, write
 from fewbit.errors import FewbitError
 
 if TYPE_CHECKING:
-    from fewbit.runtime.engine import Generation, LanguageModel, Stats
+    from fewbit.runtime.engine import LanguageModel
+    from fewbit.runtime.generation import Generation, Stats
     from fewbit.runtime.sampler import Sampling
 
 HELP = "answer one prompt, or chat in the terminal"

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +20,12 @@ from fewbit.layers import Weights
 from fewbit.prepared import PreparedLayouts
 from fewbit.runtime.cache import PAGE_SIZE, PageAllocator
 from fewbit.runtime.cache import Sequence as CachedSequence
+from fewbit.runtime.generation import Generation
 from fewbit.runtime.graphs import StepGraphs
 from fewbit.runtime.placement import CARD_CHUNK, PREFILL_CHUNK, Placement, out_of_memory, place
 from fewbit.runtime.sampler import Sampler, Sampling
 from fewbit.source import Source, open_source
-from fewbit.tokenizer import TextStream, Tokenizer
+from fewbit.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, str], None]
 DEFAULT_CONTEXT = 8192
@@ -34,28 +33,6 @@ DEFAULT_CONTEXT = 8192
 CACHES = {"16bit": torch.float16, "int8": torch.int8}
 # sequences with the new tokens of each
 Steps = Sequence[tuple[CachedSequence, Sequence[int]]]
-
-
-@dataclass
-class Stats:
-    """What an answer took; filled while it is generated. Rates are tokens a second."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    new_tokens: int = 0
-    prompt_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    finish_reason: Literal["", "stop", "length"] = ""
-
-    @property
-    def prompt_rate(self) -> float:
-        """Prompt tokens that were not cached, a second."""
-        return (self.prompt_tokens - self.cached_tokens) / max(self.prompt_seconds, 1e-9)
-
-    @property
-    def decode_rate(self) -> float:
-        """Tokens a second after the first, which the prompt's time pays for."""
-        return max(self.new_tokens - 1, 0) / max(self.decode_seconds, 1e-9)
 
 
 class LanguageModel:
@@ -328,48 +305,6 @@ class LanguageModel:
             shared = min(self._kept.common_prefix(ids), len(ids) - 1)
             self.allocator.truncate(self._kept, shared)
             return self._kept, shared
-
-
-class Generation(Iterator[str]):
-    """The pieces of one answer. A model holds one conversation: a newer answer ends an unfinished older one."""
-
-    def __init__(
-        self, model: LanguageModel, ids: list[int], max_tokens: int | None, sampling: Sampling, stop: Sequence[str]
-    ) -> None:
-        room = model.context - len(ids)
-        self.stats = Stats(prompt_tokens=len(ids))
-        self._pieces = self._run(model, ids, room if max_tokens is None else min(max_tokens, room), sampling, stop)
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def _run(
-        self, model: LanguageModel, ids: list[int], budget: int, sampling: Sampling, stop: Sequence[str]
-    ) -> Iterator[str]:
-        stats, sampler, text = self.stats, Sampler(sampling), TextStream(model.tokenizer, stop)
-        sequence, stats.cached_tokens = model.begin(self, ids)
-        history = list(ids)
-        clock = time.perf_counter()
-        logits = model.prefill(sequence, ids[stats.cached_tokens :], self)
-        for token in model.tokens(sequence, logits, sampler, history, budget, self):
-            now = time.perf_counter()
-            if not stats.new_tokens:
-                stats.prompt_seconds = now - clock
-            else:
-                stats.decode_seconds += now - clock
-            stats.new_tokens += 1
-            if token in model.tokenizer.eos_ids:
-                stats.finish_reason = "stop"
-                break
-            if piece := text.push(token):
-                yield piece
-            if text.stopped:
-                stats.finish_reason = "stop"
-                return
-            clock = time.perf_counter()
-        stats.finish_reason = stats.finish_reason or "length"
-        if rest := text.flush():
-            yield rest
 
 
 def checked_context(source: Source, context: int | None) -> int:
