@@ -17,7 +17,7 @@ BUILD_KERNEL_TESTS = mkdir -p build/native && \
     $(CMAKE) --build build/native/$@ --target kernel_tests --parallel $(TEST_JOBS) >> build/native/$@.log || \
     { cat build/native/$@.log; exit 1; }
 
-.PHONY: demo test lint format install clean native-tests native-tests-arm native-plain native-address native-thread
+.PHONY: demo test lint format install clean native-tests native-tests-arm native-plain native-address native-thread cuda-tests
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -39,6 +39,14 @@ native-address:
 native-thread:
 	@$(call BUILD_KERNEL_TESTS,-DFEWBIT_SANITIZE=thread)
 	$(KERNEL_TESTS) --every 7 --no-fork
+
+# The CUDA kernels on this machine's card, watched. cuda-bindings asks the driver for functions that it lacks: no error.
+cuda-tests: $(STAMP)
+	$(BIN)/python -m pytest tests/kernels/test_cuda.py
+	for tool in memcheck racecheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 \
+	        $(BIN)/python -m pytest -q tests/kernels/test_cuda.py -k "gates and (int4g64a or int3g64) or strided" || exit 1; \
+	done
 
 # Emulated CPUs with all of it, without i8mm, and without dotprod: one for each of the ARM kernels.
 native-tests-arm:

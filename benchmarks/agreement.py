@@ -38,7 +38,7 @@ def main() -> None:
     if path.is_file():
         where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     theirs = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
-    model = fewbit.load(path, exact=True)
+    model = fewbit.load(path, exact=True, device="cpu")
     kl, gap = agree(model, theirs)
     marks = [Mark("mean KL against transformers", kl, 1e-4), Mark("largest gap of a choice, nats", gap, 0.1)]
     if args.text:

@@ -141,7 +141,7 @@ def measure_models(args: argparse.Namespace, cpu: Cpu, scratch: Path, results: d
         model = args.model if part == "small" else made(scratch / "random-1b", write_random)
         folders = {spec: quantized_folder(model, scratch / f"{part}-{spec}", spec) for spec in args.widths}
         files = peer_files(model, scratch, part, {WIDTHS[w] for w in args.widths}, quantizer if peers else None)
-        models = {spec: fewbit.load(folder, threads=args.threads) for spec, folder in folders.items()}
+        models = {spec: fewbit.load(folder, threads=args.threads, device="cpu") for spec, folder in folders.items()}
         results[part] = measure_model(models, files, peers, args, cpu)
         save(args, results)
 

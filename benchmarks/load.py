@@ -34,7 +34,7 @@ def measure(folder: Path, answer: Any) -> None:
     """In a process of its own, so that nothing else counts."""
     with PeakMemory() as short:
         start = time.perf_counter()
-        model = load(folder, context=1024)
+        model = load(folder, context=1024, device="cpu")
         seconds = time.perf_counter() - start
         answered(model, SHORT)
     with PeakMemory() as long:

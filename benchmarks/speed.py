@@ -48,9 +48,9 @@ def bf16_folder(model: str, out: Path) -> Path:
 def torch_model(folder: Path) -> LanguageModel:
     """fewbit's model on torch alone."""
     available = kernels.available
-    kernels.available = lambda exact=False: [TorchDense(), Reference()]  # noqa: ARG005
+    kernels.available = lambda exact=False, device="cpu": [TorchDense(), Reference()]  # noqa: ARG005
     try:
-        return fewbit.load(folder)
+        return fewbit.load(folder, device="cpu")
     finally:
         kernels.available = available
 
@@ -112,8 +112,8 @@ def main() -> None:
         runs = {
             "transformers bf16": transformers_runner(dense),
             "torch bf16": runner(torch_model(dense)),
-            "int8": runner(fewbit.load(scratch / "int8")),
-            "int4g32": runner(fewbit.load(scratch / "int4")),
+            "int8": runner(fewbit.load(scratch / "int8", device="cpu")),
+            "int4g32": runner(fewbit.load(scratch / "int4", device="cpu")),
         }
         rates: dict[str, list[float]] = {name: [] for name in runs}
         for i in range(args.rounds + 1):

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from fewbit.models import find_model
+from fewbit.runtime import placement
 from fewbit.store import cache_dir
 
 TEMPLATE = (
@@ -90,6 +91,12 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     (cache / "fewbit" / "models").symlink_to(models)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(autouse=True)
+def _models_stay_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with a card too, unless a test names it: results must not depend on the machine."""
+    monkeypatch.setattr(placement, "_automatic", lambda *args: placement.place("cpu", *args))
 
 
 @pytest.fixture

@@ -84,14 +84,13 @@ class FloatLinear:
 class FloatWeights(Weights):
     """Hands a block its matrices as FloatLinear and remembers what it handed out, under the names without `.weight`."""
 
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     product: torch.dtype = torch.float32
     linears: list[FloatLinear] = field(default_factory=list)
     vectors: dict[str, Tensor] = field(default_factory=dict)
 
     def dense(self, name: str) -> Tensor:
         """A small tensor in float32, kept by name: rewrites change it in place."""
-        self.vectors[name] = super().dense(name).to(self.device, copy=True)
+        self.vectors[name] = super().dense(name).clone()
         return self.vectors[name]
 
     def linear(self, *names: str) -> FloatLinear:  # type: ignore[override]

@@ -21,7 +21,7 @@ from fewbit.errors import FewbitError
 from fewbit.quality import DomainQuality, Paired, Quality, figures, paired, standard_error
 from fewbit.reference_cache import ReferenceCache
 from fewbit.runtime.cache import Sequence as CachedSequence
-from fewbit.runtime.engine import LanguageModel, cache_dtype, set_threads
+from fewbit.runtime.engine import LanguageModel, cache_dtype, placed, set_threads
 from fewbit.scoring import Expected, Prediction, Scores, Worst, WorstToken, joined, score
 from fewbit.source import Source, describe_source, open_source
 from fewbit.tokenizer import Tokenizer
@@ -45,6 +45,7 @@ def evaluate(
     windows: int = 64,
     exact: bool = False,
     threads: int | None = None,
+    device: str = "cpu",
     cache: bool = False,
     kv_cache: str | None = None,
     progress: Progress | None = None,
@@ -54,6 +55,7 @@ def evaluate(
     text     a text file, several (named by their stems), or names with files; figures are given for each and for all
     windows  how many windows of 512 tokens to take of each text, at most
     exact    runs the quantized weights with float activations; otherwise the default kernels run
+    device   where the models run, as `load` takes it; the reference runs on the CPU
     cache    keeps what the reference predicted on disk, compressed, and uses what an earlier call kept; one window is
              then run again to state the error (`Quality.cache_error`), or to refuse what was kept
     kv_cache what the candidates keep keys and values in: `load`'s `cache`
@@ -72,7 +74,13 @@ def evaluate(
     reference = _Reference(source, pieces, ReferenceCache(source) if cache else None, progress)
     # before the candidates are loaded: with a whole cache, the reference and they are never in memory together
     reference.prepare()
-    runs = [_Candidate(LanguageModel(s, exact, None, cache=kv_cache), Worst(tokenizer)) for s in candidates]
+    runs = [
+        _Candidate(
+            LanguageModel(s, exact, None, cache=kv_cache, placement=placed(s, device, exact, None, kv_cache)),
+            Worst(tokenizer),
+        )
+        for s in candidates
+    ]
     for done, piece in enumerate(pieces):
         expected, kept = reference.expected(piece), reference.kept(piece)
         for j, run in enumerate(runs):
@@ -116,7 +124,7 @@ class _Piece:
         sequence = CachedSequence()
         try:
             wanted = list(range(FIRST_SCORED, WINDOW - 1))
-            found = Prediction(model.forward([(sequence, self.tokens.tolist())], wanted=wanted))
+            found = Prediction(model.forward([(sequence, self.tokens.tolist())], wanted=wanted).cpu())
         finally:
             model.allocator.truncate(sequence, 0)
         if not found.total.isfinite().all():

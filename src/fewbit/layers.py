@@ -18,6 +18,8 @@ from fewbit.kernels.ops import Ops
 from fewbit.prepared import PreparedLayouts
 from fewbit.qtensor import QTensor
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -34,11 +36,13 @@ class Weights:
     notes: list[str]
     # packed matrices that are kept from one load to the next
     prepared: PreparedLayouts | None = None
+    # where the weights are to lie
+    device: torch.device = CPU
 
     def dense(self, name: str) -> Tensor:
         """A small tensor (norm, bias) in float32."""
         q = self.read(name)
-        return parse(q.spec).dequantize(q).contiguous()
+        return parse(q.spec).dequantize(q).contiguous().to(self.device)
 
     def linear(self, *names: str) -> Linear:
         """One product for several stacked matrices of the same input, `x.weight` for each name, biases included."""
@@ -47,14 +51,14 @@ class Weights:
         if any(self.has(f"{name}.bias") for name in names):
             bias = torch.cat(
                 [
-                    self.dense(f"{name}.bias") if self.has(f"{name}.bias") else torch.zeros(rows)
+                    self.dense(f"{name}.bias") if self.has(f"{name}.bias") else torch.zeros(rows, device=self.device)
                     for name, rows in zip(names, packed.splits, strict=True)
                 ]
             )
         return Linear(backend, packed, bias)
 
     def _packed(self, names: tuple[str, ...]) -> tuple[Backend, Packed]:
-        tensors = [self.read(f"{name}.weight") for name in names]
+        tensors = [_on(self.read(f"{name}.weight"), self.device) for name in names]
         backend = self._choose(names, tensors)
         packed = self.prepared.prepare(backend, names, tensors) if self.prepared else backend.prepare(tensors)
         return backend, packed
@@ -73,6 +77,12 @@ class Weights:
             "; ".join(reasons) or "There is no backend on this machine.",
             "Load with exact=True (`--exact`), which runs every format through the reference kernel.",
         )
+
+
+def _on(q: QTensor, device: torch.device) -> QTensor:
+    if all(part.device == device for part in q.parts.values()):
+        return q
+    return QTensor(q.spec, q.shape, {name: part.to(device) for name, part in q.parts.items()})
 
 
 class Linear:
@@ -173,9 +183,17 @@ class Rope:
     def __init__(self, args: RopeArgs, width: int) -> None:
         self.freq = args.frequencies(width)
         self._table = (torch.empty(0, width // 2), torch.empty(0, width // 2))
+        self._placed = False
+
+    def place(self, positions: int, device: torch.device) -> None:
+        """Angles of the positions below `positions`, and no others from now on, on a device that is not asked."""
+        self._grow(positions)
+        cos, sin = self._table
+        self._table = cos.to(device), sin.to(device)
+        self._placed = True
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        if positions.numel() and (last := int(positions.max())) >= len(self._table[0]):
+        if not self._placed and positions.numel() and (last := int(positions.max())) >= len(self._table[0]):
             self._grow(last + 1)
         cos, sin = self._table
         return cos.index_select(0, positions), sin.index_select(0, positions)

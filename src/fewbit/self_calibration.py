@@ -51,7 +51,7 @@ def write(
             f"Asked for {count} texts of {length} tokens.",
             "Ask for at least one text of at least one token.",
         )
-    loaded = load(model, context=length if length > DEFAULT_CONTEXT else None, progress=progress)
+    loaded = load(model, context=length if length > DEFAULT_CONTEXT else None, device="cpu", progress=progress)
     if length > loaded.context:
         raise FewbitError(
             "The calibration windows are longer than the model's context.",
@@ -157,7 +157,7 @@ def _advance(model: LanguageModel, windows: list[_Window], frame: _Frame) -> Non
     """One step of the model for all windows; those whose last token has run get another."""
     if not windows:
         return
-    logits = model.forward([(w.cached, w.ids[len(w.cached.ids) :][:CHUNK]) for w in windows])
+    logits = model.forward([(w.cached, w.ids[len(w.cached.ids) :][:CHUNK]) for w in windows]).cpu()
     for window, row in zip(windows, logits, strict=True):
         if len(window.cached.ids) == len(window.ids):
             window.add(_draw(row, window, frame, model.name), frame, model.tokenizer)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import FewbitError
-from fewbit.runtime.engine import PREFILL_CHUNK, LanguageModel, load
+from fewbit.runtime.engine import LanguageModel, load
 from fewbit.runtime.sampler import Sampling
 
 Progress = Callable[[int, int, str], None]
@@ -36,13 +36,14 @@ def run_tasks(
     *,
     limit: int | None = None,
     exact: bool = False,
+    device: str = "cpu",
     cache: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, float]]:
     """Run tasks of lm-eval on a model -> {task: {figure: value}}, groups of tasks among them.
 
-    names  the harness's own names or patterns, or YAML files of tasks; limit  questions of each task; exact and cache
-    as in `load`
+    names  the harness's own names or patterns, or YAML files of tasks; limit  questions of each task; exact, device
+    and cache as in `load`
     A figure is spelled as the harness does (`acc`, `acc_stderr`, `word_perplexity`), with its filter where it has one
     (`exact_match,strict-match`). Raises FewbitError where lm-eval is missing, a task is unknown, or its data can't be
     had, beside what `load` raises.
@@ -54,7 +55,7 @@ def run_tasks(
     evaluator, manager = _harness(known=not all(_is_file(name) for name in names))
     # before the model: a misspelt name should not cost its loading
     tasks = _load_tasks(manager, names)
-    language_model = load(model, exact=exact, cache=cache, progress=progress)
+    language_model = load(model, exact=exact, device=device, cache=cache, progress=progress)
     harness_model = _adapter(language_model, progress)
     # the harness prints, and standard output belongs to figures
     with contextlib.redirect_stdout(sys.stderr):
@@ -176,10 +177,10 @@ class Scorer:
         # the first wanted token must run, and all after it
         sequence, shared = self.model.begin(self, inputs[: first + 1])
         wanted: list[Tensor] = []
-        for start in range(shared, len(inputs), PREFILL_CHUNK):
-            chunk = inputs[start : start + PREFILL_CHUNK]
+        for start in range(shared, len(inputs), self.model.chunk):
+            chunk = inputs[start : start + self.model.chunk]
             rows = list(range(max(first - start, 0), len(chunk)))
-            logits = self.model.forward([(sequence, chunk)], rows or None)
+            logits = self.model.forward([(sequence, chunk)], rows or None).cpu()
             wanted += [logits] if rows else []
         logits = torch.cat(wanted)
         if not torch.isfinite(logits).all():

@@ -61,7 +61,7 @@ def test_bytes_and_multiply_adds_are_the_linears(packed: Path) -> None:
     head = a.vocab_size * a.hidden_size
     assert multiply_adds(model, 7) == 7 * a.num_hidden_layers * block + head
     # a prompt of three chunks runs the head three times
-    longer = 2 * measuring.PREFILL_CHUNK + 1
+    longer = 2 * model.chunk + 1
     assert multiply_adds(model, longer) == longer * a.num_hidden_layers * block + 3 * head
     parts = [p for layer in model.model.stack.layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
     assert read_bytes(model) == sum(p.packed.nbytes for p in parts) + model.model.head.packed.nbytes

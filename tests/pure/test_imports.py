@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "store": {"errors", "lookup"},
     "formats": LOW,
     "methods": LOW | {"formats"},
-    "kernels": LOW | {"formats"},
+    "kernels": LOW | {"formats", "store"},
     "prepared": {"qtensor", "store", "kernels"},
     "layers": LOW | {"config_values", "formats", "kernels", "prepared"},
     "models": LOW | {"config_values", "formats", "kernels", "layers"},
@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "documents": {"errors"},
     "calibration": {"errors", "tokenizer", "documents"},
     "source": LOW | {"formats", "models", "checkpoint", "store"},
+    "random_models": LOW | {"formats", "models", "checkpoint", "source"},
     "origin": {"config_values", "checkpoint", "source"},
     "reference_cache": {"store", "scoring", "source"},
     "runtime": LOW | {"formats", "kernels", "layers", "models", "checkpoint", "tokenizer", "store", "source", "memory"},
@@ -48,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "walk": LOW | {"formats", "methods", "checkpoint", "source", "blocks", "calibrated", "scratch", "sensitivity"},
 }
 MAY_IMPORT["walk"] |= {"preflight"}
-MAY_IMPORT["runtime"] |= {"prepared"}
+MAY_IMPORT["runtime"] |= {"prepared", "random_models"}
 MAY_IMPORT["self_calibration"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
 MAY_IMPORT["quantizer"] = MAY_IMPORT["walk"] | {"walk", "models", "tokenizer", "store", "calibration"}
 MAY_IMPORT["quantizer"] |= {"self_calibration"}
@@ -59,7 +60,7 @@ MAY_IMPORT["report"] = {"errors", "qtensor", "formats", "models", "source", "eva
 TOP = {"__init__", "cli"}
 # the compiled kernels are read through the kernels package
 NATIVE = "_cpu"
-OTHERS = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "regex", "rich", "altair", "vl_convert"}
+OTHERS = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "regex", "rich", "altair", "vl_convert", "cuda"}
 
 
 def part(path: Path) -> str:

@@ -63,3 +63,13 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
     return number
+
+
+def add_device(parser: argparse._ActionsContainer, default: str = "auto") -> None:
+    """`--device` of every verb that runs a model."""
+    parser.add_argument(
+        "--device",
+        metavar="WHERE",
+        default=default,
+        help="auto (a card that has room, else the CPU), cpu, cuda or cuda:N (default %(default)s)",
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewbit.cli._failures import UsageError, explain
-from fewbit.cli._parser import Parser, add_cache, count
+from fewbit.cli._parser import Parser, add_cache, add_device, count
 from fewbit.cli._terminal import Column, note, print_json, print_table, progress, write
 from fewbit.errors import FewbitError
 
@@ -54,6 +54,8 @@ def add_measuring(parser: Parser) -> None:
     parser.add_argument("--limit", type=count, metavar="N", help="questions of each task (default: all)")
     parser.add_argument("--report", type=Path, metavar="OUT.html", help="write a page that shows everything")
     parser.add_argument("--threads", type=count, metavar="N", help="default: the machine's cores")
+    # figures stay the same wherever they are measured, unless a card is asked for
+    add_device(parser, "cpu")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
@@ -189,6 +191,7 @@ def _evaluate(args: argparse.Namespace, texts: dict[str, Path], exact: bool, rep
         texts,
         windows=args.windows,
         exact=exact,
+        device=args.device,
         threads=args.threads,
         cache=not args.no_cache,
         kv_cache=args.cache,
@@ -206,7 +209,9 @@ def _run_tasks(args: argparse.Namespace, names: list[str], exact: bool, report: 
     found[args.against] = run_tasks(args.against, names, limit=args.limit, exact=True, progress=report)
     for model in args.model:
         if model not in found:
-            found[model] = run_tasks(model, names, limit=args.limit, exact=exact, cache=args.cache, progress=report)
+            found[model] = run_tasks(
+                model, names, limit=args.limit, exact=exact, device=args.device, cache=args.cache, progress=report
+            )
 
 
 def print_quality(against: str, found: Sequence[Quality]) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fewbit.cli._failures import UsageError
-from fewbit.cli._parser import Parser, add_cache, count
+from fewbit.cli._parser import Parser, add_cache, add_device, count
 from fewbit.cli._terminal import note, print_json, progress, write
 from fewbit.errors import FewbitError
 
 if TYPE_CHECKING:
-    from fewbit.runtime.engine import Generation, LanguageModel, Stats
+    from fewbit.runtime.engine import LanguageModel
+    from fewbit.runtime.generation import Generation, Stats
     from fewbit.runtime.sampler import Sampling
 
 HELP = "answer one prompt, or chat in the terminal"
@@ -56,6 +57,7 @@ def add_arguments(parser: Parser) -> None:
     )
     add_cache(machine)
     machine.add_argument("--threads", type=count, metavar="N", help="default: the machine's cores")
+    add_device(machine)
     machine.add_argument("--exact", action="store_true", help="float activations: slower, free of activation rounding")
 
 
@@ -82,9 +84,12 @@ def run(args: argparse.Namespace) -> int:
             exact=args.exact,
             context=args.context,
             threads=args.threads,
+            device=args.device,
             cache=args.cache,
             progress=report,
         )
+    if model.device_note:
+        note(f"note: {model.device_note}")
     for reason in model.notes:
         note(f"note: the slow reference kernel runs part of this model. {reason}")
     if model.prepared_note:

@@ -41,6 +41,8 @@ class Backend(ABC):
     name: str
     # backends are tried from the highest to the lowest; the reference, which refuses nothing, has 0
     priority: int = 0
+    # kinds of devices it multiplies on
+    devices: tuple[str, ...] = ("cpu", "cuda")
     # operations around the products; a backend with faster ones overrides them
     ops: Ops = Ops()
 
@@ -97,10 +99,10 @@ class KeepingBackend(Backend):
         """A number that tells damaged bytes, found as fast as they can be read."""
 
 
-def available(exact: bool = False) -> list[Backend]:
-    """The backends of this machine, the preferred one first; with `exact` only the reference."""
+def available(exact: bool = False, device: str = "cpu") -> list[Backend]:
+    """The backends of this machine for a kind of device, the preferred one first; with `exact` only the reference."""
     found = [importlib.import_module(f"{__name__}.{name}").backend() for name in names(__name__) if name != "ops"]
-    usable = sorted((b for b in found if b is not None), key=lambda b: -b.priority)
+    usable = sorted((b for b in found if b is not None and device in b.devices), key=lambda b: -b.priority)
     return [b for b in usable if b.name == "reference"] if exact else usable
 
 

@@ -50,6 +50,11 @@ class Ceilings:
         self._codes = torch.ones(64, dtype=torch.uint8)
         self._rounds = 1000
 
+    @property
+    def isa(self) -> str:
+        """The instruction set whose products these are the ceilings of."""
+        return self.cpu.isa
+
     def measure(self, passes: int = 3) -> Ceiling:
         """The best of some passes of each kind."""
         # rounds grow until a pass is long enough

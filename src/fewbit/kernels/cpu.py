@@ -70,6 +70,7 @@ class Cpu(KeepingBackend):
 
     name = "cpu"
     priority = 20
+    devices = ("cpu",)
 
     def __init__(self, native: ModuleType) -> None:
         self.native = native

@@ -148,7 +148,10 @@ class Ops:
 
 
 class Stack:
-    """Layers that run one after the other, with their caches."""
+    """Layers that run one after the other, with their caches, on the device of their weights."""
+
+    # whether a step of one new token a sequence may be recorded and run again: it never asks the host anything
+    replays = False
 
     def __init__(self, ops: Ops, layers: Sequence[Layer]) -> None:
         self.ops, self.layers = ops, tuple(layers)
@@ -158,7 +161,11 @@ class Stack:
     def allocate(self, rows: int, dtype: torch.dtype) -> None:
         """Room for `rows` tokens. Memory is only touched when written, so a large context costs nothing unused."""
         shapes = [(rows, layer.kv_heads, cached_width(layer.width, dtype)) for layer in self.layers]
-        self.caches = [(torch.empty(s, dtype=dtype), torch.empty(s, dtype=dtype)) for s in shapes]
+        devices = [layer.attention_norm.device for layer in self.layers]
+        self.caches = [
+            (torch.empty(s, dtype=dtype, device=on), torch.empty(s, dtype=dtype, device=on))
+            for s, on in zip(shapes, devices, strict=True)
+        ]
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         """x [T, d], cos and sin [T, D/2] of the tokens' positions -> [T, d]; appends to the caches."""

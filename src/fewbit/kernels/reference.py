@@ -23,7 +23,8 @@ class Reference(Backend):
     def prepare(self, tensors: list[QTensor]) -> Packed:
         """One float32 matrix [sum of outs, in]."""
         splits, columns = tuple(q.shape[0] for q in tensors), tensors[0].shape[1]
-        weight = torch.empty(sum(splits), columns)
+        device = next(iter(tensors[0].parts.values())).device
+        weight = torch.empty(sum(splits), columns, device=device)
         for part, q in zip(weight.split(splits), tensors, strict=True):
             part.copy_(parse(q.spec).dequantize(q))
         return Packed((len(weight), columns), splits, weight, weight.numel() * weight.element_size())

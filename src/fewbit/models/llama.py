@@ -173,10 +173,13 @@ class Model:
         self.norm = RMSNorm(w.dense("model.norm.weight"), args.rms_norm_eps, w.ops)
         self.head = self.embedding if args.tie_word_embeddings else w.linear("lm_head")
         self.rope = rope(args)
+        self.device = w.device
 
     def allocate(self, rows: int, dtype: torch.dtype) -> None:
         """Cache room for `rows` tokens in every layer."""
         self.stack.allocate(rows, dtype)
+        if self.device.type != "cpu":
+            self.rope.place(rows, self.device)
 
     def __call__(self, ids: Tensor, positions: Tensor, batch: Batch) -> Tensor:
         x = self.stack(self.embedding.rows(ids), *self.rope(positions), batch)

@@ -5,56 +5,34 @@ from __future__ import annotations
 import math
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewbit import kernels
 from fewbit.errors import FewbitError
-from fewbit.kernels.ops import Batch
+from fewbit.kernels.ops import Batch, Ops
 from fewbit.layers import Weights
 from fewbit.prepared import PreparedLayouts
 from fewbit.runtime.cache import PAGE_SIZE, PageAllocator
 from fewbit.runtime.cache import Sequence as CachedSequence
+from fewbit.runtime.generation import Generation
+from fewbit.runtime.graphs import StepGraphs
+from fewbit.runtime.placement import CARD_CHUNK, PREFILL_CHUNK, Placement, out_of_memory, place
 from fewbit.runtime.sampler import Sampler, Sampling
 from fewbit.source import Source, open_source
-from fewbit.tokenizer import TextStream, Tokenizer
+from fewbit.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, str], None]
 DEFAULT_CONTEXT = 8192
 # how keys and values may be kept, the default first
 CACHES = {"16bit": torch.float16, "int8": torch.int8}
-# tokens of a prompt that run at once: bounds the activations' memory
-PREFILL_CHUNK = 256
 # sequences with the new tokens of each
 Steps = Sequence[tuple[CachedSequence, Sequence[int]]]
-
-
-@dataclass
-class Stats:
-    """What an answer took; filled while it is generated. Rates are tokens a second."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    new_tokens: int = 0
-    prompt_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    finish_reason: Literal["", "stop", "length"] = ""
-
-    @property
-    def prompt_rate(self) -> float:
-        """Prompt tokens that were not cached, a second."""
-        return (self.prompt_tokens - self.cached_tokens) / max(self.prompt_seconds, 1e-9)
-
-    @property
-    def decode_rate(self) -> float:
-        """Tokens a second after the first, which the prompt's time pays for."""
-        return max(self.new_tokens - 1, 0) / max(self.decode_seconds, 1e-9)
 
 
 class LanguageModel:
@@ -67,42 +45,70 @@ class LanguageModel:
         context: int | None,
         progress: Progress | None = None,
         cache: str | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.source, self.name, self.exact = source, source.name, exact
         dtype = cache_dtype(exact, cache)
         self.tokenizer = Tokenizer(source.checkpoint.tokenizer())
-        self.context = self._checked(context)
-        self.backends = kernels.available(exact)
+        self.context = checked_context(source, context)
+        placement = placement or placed(source, "cpu", exact, context, cache)
+        self.device, self.plan, self.device_note = placement.device, placement.plan, placement.note
+        # tokens of a prompt that run at once: bounds the activations' memory
+        self.chunk = CARD_CHUNK if self.device.type == "cuda" else PREFILL_CHUNK
+        self.backends = kernels.available(exact, self.device.type)
         # why the reference runs what a faster kernel refused
         self.notes: list[str] = []
-        shapes = {w.name: w.shape for w in source.weights}
-        prepared = PreparedLayouts(source.path, source.checkpoint.weight_bytes(), shapes, self.backends)
-        read = _counted(source, progress, len(shapes) - len(prepared.names)) if progress else source.read
-        weights = Weights(read, source.has, self.backends, self.backends[0].ops, self.notes, prepared)
-        try:
-            self.model: Any = source.module.Model(source.args, weights)
-            prepared.keep()
-        finally:
-            prepared.close()
         # why no prepared layout is kept, or what was wrong with the one that was
-        self.prepared_note = prepared.note
+        self.prepared_note: str | None = None
         pages = -(-self.context // PAGE_SIZE)
-        self.model.allocate(pages * PAGE_SIZE, dtype)
+        said: str | None = None
+        try:
+            with self._on_card():
+                self.model: Any = self._load(progress)
+                self.model.allocate(pages * PAGE_SIZE, dtype)
+        except torch.OutOfMemoryError as error:
+            said = str(error)
+        if said is not None:
+            # only now, as the error's frames held what had been loaded
+            raise self._no_memory(said)
+        self._graphs = None
+        if self.device.type == "cuda" and self.model.stack.replays:
+            self._graphs = StepGraphs(self.model, self.device, pages, PAGE_SIZE)
         self.allocator = PageAllocator(pages)
         self._kept = CachedSequence()
         self._latest: object = None
         # one step at a time, whichever thread asks
         self._lock = threading.RLock()
 
-    def _checked(self, context: int | None) -> int:
-        limit = self.source.args.max_position_embeddings
-        if context is not None and not 0 < context <= limit:
-            raise FewbitError(
-                f"A context of {context:,} tokens is not possible.",
-                f"{self.name} was made for at most {limit:,}.",
-                f"Choose a context from 1 to {limit:,}.",
-            )
-        return context or min(limit, DEFAULT_CONTEXT)
+    def _load(self, progress: Progress | None) -> Any:
+        source, total = self.source, len(self.source.weights)
+        ops = self.backends[0].ops
+        if self.device.type == "cuda":
+            ops = _card_ops(self.device, self.exact)
+        prepared = None
+        if self.device.type == "cpu" and source.path.exists():
+            shapes = {w.name: w.shape for w in source.weights}
+            prepared = PreparedLayouts(source.path, source.checkpoint.weight_bytes(), shapes, self.backends)
+            total -= len(prepared.names)
+        read = _counted(source, progress, total) if progress else source.read
+        weights = Weights(read, source.has, self.backends, ops, self.notes, prepared, self.device)
+        try:
+            model = source.module.Model(source.args, weights)
+            if prepared:
+                prepared.keep()
+                self.prepared_note = prepared.note
+            return model
+        finally:
+            if prepared:
+                prepared.close()
+
+    def _on_card(self) -> AbstractContextManager[Any]:
+        """The model's card is torch's current one inside; on the CPU nothing changes."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _no_memory(self, said: str) -> FewbitError:
+        torch.cuda.empty_cache()
+        return out_of_memory(self.plan, self.device, said)
 
     @torch.inference_mode()
     def forward(self, steps: Steps, wanted: list[int] | None = None) -> Tensor:
@@ -112,19 +118,27 @@ class LanguageModel:
         last token of each sequence.
         """
         with self._lock:
-            try:
-                logits: Tensor = self.model(*self._batch(steps, wanted))
-            except BaseException:
-                # an interrupted step (Ctrl-C) has not written all of its keys and values
-                for sequence, _ in steps:
-                    self.allocator.truncate(sequence, len(sequence.ids))
-                raise
+            logits = self._guarded(lambda: self._step(steps, wanted), [s for s, _ in steps])
             for sequence, new in steps:
                 sequence.ids += new
             return logits
 
-    def _batch(self, steps: Steps, wanted: list[int] | None) -> tuple[Tensor, Tensor, Batch]:
-        """Ids, positions and places of the new tokens; pages are reserved, the sequences' ids are left as they are."""
+    def _guarded(self, step: Callable[[], Tensor], sequences: list[CachedSequence]) -> Tensor:
+        """A step of the sequences, undone where it fails."""
+        try:
+            with self._on_card():
+                return step()
+        except BaseException as error:
+            # an interrupted step (Ctrl-C) has not written all of its keys and values
+            for sequence in sequences:
+                self.allocator.truncate(sequence, len(sequence.ids))
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
+            said = str(error)
+        raise self._no_memory(said)
+
+    def _step(self, steps: Steps, wanted: list[int] | None) -> Tensor:
+        """Logits; pages are reserved, the sequences' ids are left as they are."""
         ids = [i for _, new in steps for i in new]
         slots: list[int] = []
         positions: list[int] = []
@@ -135,37 +149,85 @@ class LanguageModel:
             positions += range(have, have + len(new))
             slots += (sequence.slot(p) for p in range(have, have + len(new)))
             starts.append(len(slots))
+        lengths = [len(s.ids) + len(new) for s, new in steps]
+        single = len(ids) == len(steps) and all(len(new) == 1 for _, new in steps)
+        if self._graphs and wanted is None and single and self._graphs.takes(len(steps)):
+            return self._graphs.run(ids, positions, slots, lengths, [s.pages for s, _ in steps])
         longest = max(len(sequence.pages) for sequence, _ in steps)
         pages = [page for s, _ in steps for page in s.pages + [0] * (longest - len(s.pages))]
-        lengths = [len(s.ids) + len(new) for s, new in steps]
         if wanted is None:
             wanted = [i - 1 for i in starts[1:]]
-        cut = _tensors(ids, positions, slots, pages, lengths, starts, wanted)
-        return cut[0], cut[1], Batch(cut[2], cut[3].view(len(steps), longest), cut[4], cut[5], PAGE_SIZE, cut[6])
+        cut = _tensors(self.device, ids, positions, slots, pages, lengths, starts, wanted)
+        batch = Batch(cut[2], cut[3].view(len(steps), longest), cut[4], cut[5], PAGE_SIZE, cut[6])
+        logits: Tensor = self.model(cut[0], cut[1], batch)
+        return logits
 
     def prefill(self, sequence: CachedSequence, ids: Sequence[int], owner: object = None) -> Tensor:
         """Run a prompt (or the next token) in chunks -> logits [vocab] of its last token.
 
         `owner` is the answer the sequence was given to by `begin`. Raises FewbitError where a newer one has taken it,
-        and where the model's output is not finite.
+        and where the model's output is not finite (on a card, where a look would make the host wait, choosing does).
         """
-        for i in range(0, len(ids), PREFILL_CHUNK):
+        for i in range(0, len(ids), self.chunk):
             with self._lock:
-                if owner is not None and self._latest is not owner:
-                    raise FewbitError(
-                        "This answer was ended by a newer one.",
-                        f"It had come to token {len(sequence.ids)}; a loaded model holds one conversation.",
-                        "Finish an answer before asking for the next, or load the model twice.",
-                    )
-                logits = self.forward([(sequence, list(ids[i : i + PREFILL_CHUNK]))])
-        if not math.isfinite(logits.numpy().max()):
-            broken = int((~torch.isfinite(logits)).sum())
-            raise FewbitError(
-                "The model's output is not a number.",
-                f"{broken:,} of {logits.numel():,} logits after {len(sequence.ids)} tokens.",
-                "Its weights are damaged or overflow: try --exact, or `fewbit quantize`, which names a broken tensor.",
-            )
+                self._check_owner(sequence, owner)
+                logits = self.forward([(sequence, list(ids[i : i + self.chunk]))])
+        if logits.is_cpu and not math.isfinite(logits.numpy().max()):
+            raise not_finite(logits, len(sequence.ids))
         return logits[0]
+
+    def _check_owner(self, sequence: CachedSequence, owner: object) -> None:
+        if owner is not None and self._latest is not owner:
+            raise FewbitError(
+                "This answer was ended by a newer one.",
+                f"It had come to token {len(sequence.ids)}; a loaded model holds one conversation.",
+                "Finish an answer before asking for the next, or load the model twice.",
+            )
+
+    def tokens(
+        self, sequence: CachedSequence, logits: Tensor, sampler: Sampler, history: list[int], count: int, owner: object
+    ) -> Iterator[int]:
+        """At most `count` tokens that follow from `logits` [vocab], added to `history` one by one.
+
+        On a card the next step begins before the host knows its token: what it does for the last token is forgotten.
+        Raises as `prefill` does.
+        """
+        ahead = self._graphs is not None and not sampler.looks_back
+        for i in range(count):
+            following: Tensor | None = None
+            if ahead and (choice := sampler.start(logits)) is not None:
+                if i + 1 < count:
+                    following = self._step_ahead(sequence, choice.ids, owner)
+                token = choice.tokens()[0]
+            else:
+                token = sampler(logits, history)
+            if token < 0:
+                raise not_finite(logits, len(sequence.ids))
+            history.append(token)
+            yield token
+            if i + 1 == count:
+                return
+            if following is None:
+                logits = self.prefill(sequence, [token], owner)
+                continue
+            with self._lock:
+                self._check_owner(sequence, owner)
+                sequence.ids.append(token)
+            logits = following
+
+    @torch.inference_mode()
+    def _step_ahead(self, sequence: CachedSequence, ids: Tensor, owner: object) -> Tensor:
+        """A step with a token [1] that the card knows; the caller adds it to the sequence's ids -> logits [vocab]."""
+
+        def step() -> Tensor:
+            have, graphs = len(sequence.ids), self._graphs
+            assert graphs is not None  # noqa: S101
+            self.allocator.reserve(sequence, have + 1)
+            return graphs.run(ids, [have], [sequence.slot(have)], [have + 1], [sequence.pages])
+
+        with self._lock:
+            self._check_owner(sequence, owner)
+            return self._guarded(step, [sequence])[0]
 
     def generate(
         self,
@@ -218,6 +280,23 @@ class LanguageModel:
             )
         return ids
 
+    def synchronize(self) -> None:
+        """Wait for what runs on the card."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @property
+    def device_name(self) -> str:
+        """`cpu`, or the card's own name."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+    def card_memory(self) -> int | None:
+        """Bytes in use on the card now, by everything that uses it; None on the CPU."""
+        if self.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free
+
     def begin(self, owner: object, ids: list[int]) -> tuple[CachedSequence, int]:
         """Give the model's conversation to `owner`: the sequence, and how many leading tokens of `ids` it holds."""
         with self._lock:
@@ -228,55 +307,47 @@ class LanguageModel:
             return self._kept, shared
 
 
-class Generation(Iterator[str]):
-    """The pieces of one answer. A model holds one conversation: a newer answer ends an unfinished older one."""
-
-    def __init__(
-        self, model: LanguageModel, ids: list[int], max_tokens: int | None, sampling: Sampling, stop: Sequence[str]
-    ) -> None:
-        room = model.context - len(ids)
-        self.stats = Stats(prompt_tokens=len(ids))
-        self._pieces = self._run(model, ids, room if max_tokens is None else min(max_tokens, room), sampling, stop)
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def _run(
-        self, model: LanguageModel, ids: list[int], budget: int, sampling: Sampling, stop: Sequence[str]
-    ) -> Iterator[str]:
-        stats, sampler, text = self.stats, Sampler(sampling), TextStream(model.tokenizer, stop)
-        sequence, stats.cached_tokens = model.begin(self, ids)
-        history = list(ids)
-        clock = time.perf_counter()
-        logits = model.prefill(sequence, ids[stats.cached_tokens :], self)
-        while stats.new_tokens < budget:
-            token = sampler(logits, history)
-            now = time.perf_counter()
-            if not stats.new_tokens:
-                stats.prompt_seconds = now - clock
-            else:
-                stats.decode_seconds += now - clock
-            stats.new_tokens += 1
-            if token in model.tokenizer.eos_ids:
-                stats.finish_reason = "stop"
-                break
-            history.append(token)
-            if piece := text.push(token):
-                yield piece
-            if text.stopped:
-                stats.finish_reason = "stop"
-                return
-            clock = time.perf_counter()
-            if stats.new_tokens < budget:
-                logits = model.prefill(sequence, [token], self)
-        stats.finish_reason = stats.finish_reason or "length"
-        if rest := text.flush():
-            yield rest
+def checked_context(source: Source, context: int | None) -> int:
+    """The tokens a conversation may have; FewbitError where the model was not made for as many."""
+    limit = source.args.max_position_embeddings
+    if context is not None and not 0 < context <= limit:
+        raise FewbitError(
+            f"A context of {context:,} tokens is not possible.",
+            f"{source.name} was made for at most {limit:,}.",
+            f"Choose a context from 1 to {limit:,}.",
+        )
+    return context or min(limit, DEFAULT_CONTEXT)
 
 
-def _tensors(*lists: Sequence[int]) -> tuple[Tensor, ...]:
+def placed(source: Source, device: str, exact: bool, context: int | None, cache: str | None) -> Placement:
+    """Where a model goes with these settings of `load`; raises as that does."""
+    return place(device, source, checked_context(source, context), exact, cache_dtype(exact, cache))
+
+
+def not_finite(logits: Tensor, tokens: int) -> FewbitError:
+    """The model's output after `tokens` tokens can't be sampled from."""
+    broken = int((~torch.isfinite(logits)).sum())
+    return FewbitError(
+        "The model's output is not a number.",
+        f"{broken:,} of {logits.numel():,} logits after {tokens} tokens.",
+        "Its weights are damaged or overflow: try --exact, or `fewbit quantize`, which names a broken tensor.",
+    )
+
+
+def _card_ops(device: torch.device, exact: bool) -> Ops:
+    if exact:
+        return Ops()
+    # torch's part for cards is large, and most machines need none of it
+    from fewbit.kernels._cuda_ops import cuda_ops
+
+    return cuda_ops(device) or Ops()
+
+
+def _tensors(device: torch.device, *lists: Sequence[int]) -> tuple[Tensor, ...]:
     """int64 tensors of the lists: cut from one, which takes a third of the time that making each would."""
     flat = torch.tensor([i for part in lists for i in part], dtype=torch.int64)
+    if device.type != "cpu":
+        flat = flat.to(device)
     return torch.split(flat, [len(part) for part in lists])
 
 
@@ -328,6 +399,7 @@ def load(
     exact: bool = False,
     context: int | None = None,
     threads: int | None = None,
+    device: str = "auto",
     cache: str | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel:
@@ -336,13 +408,15 @@ def load(
     exact    float32 activations and the reference kernels: the definition, slower
     context  most tokens of a conversation (default: the model's own limit, at most 8192)
     threads  CPU threads (default: the cores this process may use)
+    device   auto (a card that is there and has room, or the CPU, with `device_note` saying why), cpu, cuda, cuda:N
     cache    keys and values in "16bit" (default), or in "int8": about half the memory, and less to read at long
-             contexts. Exact runs keep them in float32 and refuse either.
-    Raises FewbitError where the model is missing, broken, of an unknown architecture, the context impossible, or there
-    is no such cache.
+             contexts; on the CPU only, as yet. Exact runs keep them in float32 and refuse either.
+    Raises FewbitError where the model is missing, broken, of an unknown architecture, the context impossible, there is
+    no such cache, or the named device is not there or too small.
     """
     cache_dtype(exact, cache)
     if threads is not None:
         set_threads(threads)
     note = (lambda text: progress(0, 1, text)) if progress else None
-    return LanguageModel(open_source(model, note), exact, context, progress, cache)
+    source = open_source(model, note)
+    return LanguageModel(source, exact, context, progress, cache, placed(source, device, exact, context, cache))

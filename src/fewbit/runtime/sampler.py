@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import FewbitError
+
+if TYPE_CHECKING:
+    from fewbit.kernels._cuda_ops import Choice, Chooser
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -68,14 +72,35 @@ class Sampler:
             self.random.manual_seed(sampling.seed)
 
     def __call__(self, logits: Tensor, history: Sequence[int]) -> int:
-        """logits float32 [vocab]; `history` are the tokens the repetition penalty looks at."""
+        """logits float32 [vocab]; `history` are the tokens the repetition penalty looks at.
+
+        Logits on a card are chosen from there, with other random numbers' places than here; -1 where one is not finite.
+        """
         s = self.sampling
         if s.repetition_penalty != 1.0 and history:
             logits = _penalized(logits, history, s.repetition_penalty)
+        if logits.is_cuda and (choice := self.start(logits)):
+            return choice.tokens()[0]
+        logits = logits.cpu()
         if s.temperature < GREEDY_BELOW:
             return greedy(logits)
         values, ids = candidates(np.divide(logits.numpy(), s.temperature, dtype=np.float32), s)
         return int(ids[self._draw(np.exp(values - values.max()))])
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether it must know the tokens before."""
+        return self.sampling.repetition_penalty != 1.0
+
+    def start(self, logits: Tensor) -> Choice | None:
+        """Begin to choose from logits [vocab] on a card, without a look back; None where nothing can choose there."""
+        choose = _on_card(logits.device)
+        if choose is None:
+            return None
+        s = self.sampling
+        t = s.temperature if s.temperature >= GREEDY_BELOW else 0.0
+        point = float(torch.rand((), dtype=torch.float64, generator=self.random)) if t else 0.0
+        return choose(logits[None], t, s.top_k, s.top_p, s.min_p, [point])
 
     def _draw(self, p: Floats) -> int:
         """An index with probabilities in proportion to p: where a uniform number falls among their running sums."""
@@ -90,7 +115,15 @@ class Sampler:
 
 def greedy(logits: Tensor) -> int:
     """The likeliest token of logits float32 [vocab]."""
-    return int(logits.numpy().argmax())
+    if logits.is_cuda and (choose := _on_card(logits.device)):
+        return choose(logits[None], 0.0, 0, 1.0, 0.0, [0.0]).tokens()[0]
+    return int(logits.cpu().numpy().argmax())
+
+
+def _on_card(device: torch.device) -> Chooser | None:
+    from fewbit.kernels._cuda_ops import chooser
+
+    return chooser(device)
 
 
 def candidates(x: Floats, s: Sampling) -> tuple[Floats, Ids]:
@@ -152,6 +185,6 @@ def _passes(values: Floats, total: float, s: Sampling) -> int:
 
 def _penalized(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
     """Seen tokens' logits divided by the penalty, or multiplied where negative (Keskar et al. 2019, section 4.1)."""
-    seen = torch.tensor(sorted(set(history)))
+    seen = torch.tensor(sorted(set(history)), device=logits.device)
     score = logits[seen]
     return logits.index_put((seen,), torch.where(score > 0, score / penalty, score * penalty))

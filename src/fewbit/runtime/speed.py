@@ -8,17 +8,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fewbit.errors import FewbitError
-from fewbit.kernels._ceilings import Ceiling, ceilings
+from fewbit.kernels._ceilings import Ceiling, Ceilings, ceilings
 from fewbit.layers import Linear
 from fewbit.memory import PeakMemory
+from fewbit.random_models import RandomCheckpoint
 from fewbit.runtime.cache import Sequence
-from fewbit.runtime.engine import PREFILL_CHUNK, LanguageModel, load
-from fewbit.runtime.sampler import greedy
+from fewbit.runtime.engine import LanguageModel, load, placed, set_threads
+from fewbit.runtime.sampler import Sampler, Sampling
+from fewbit.source import Source
+
+if TYPE_CHECKING:
+    from fewbit.kernels._card_ceilings import CardCeilings
 
 Progress = Callable[[int, int, str], None]
 
@@ -55,8 +60,14 @@ class Speed:
     threads: int
     # products by the backend that runs them
     backends: dict[str, int]
-    # of the native kernels
+    # of the native kernels, or of the card
     instruction_set: str | None
+    # `cpu`, or the card's name
+    device: str
+    # in use on the card after the runs, by everything
+    card_memory: int | None
+    # why the card was not used, where there is one
+    device_note: str | None
     # why no prepared layout is kept, or what was wrong with the one that was
     prepared_note: str | None
     # how keys and values were kept
@@ -68,16 +79,19 @@ class Speed:
 
 
 def measure_speed(
-    model: str | Path,
+    model: str | Path | Source,
     *,
     prompt: int = 512,
     new: int = 64,
     threads: int | None = None,
+    device: str = "auto",
+    context: int | None = None,
     repeat: int = 5,
     cache: str | None = None,
     progress: Progress | None = None,
 ) -> Speed:
-    """Load a model, then time a prompt of `prompt` random tokens and `new` greedy tokens after it, `repeat` times.
+    """Load a model (or a source, such as `random_model` gives), then time a prompt of `prompt` random tokens and `new`
+    greedy tokens after it, `repeat` times.
 
     Between the runs the machine's ceilings are measured; `cache` is that of `load`. Raises FewbitError where the run
     does not fit the context.
@@ -88,7 +102,8 @@ def measure_speed(
         )
     with PeakMemory() as memory:
         clock = time.perf_counter()
-        loaded = load(model, threads=threads, cache=cache)
+        loaded = _load(model, threads, device, context, cache)
+        loaded.synchronize()
         load_seconds = time.perf_counter() - clock
         if prompt + new > loaded.context:
             raise FewbitError(
@@ -100,7 +115,7 @@ def measure_speed(
         if progress:
             progress(0, repeat + 1, "warming up")
         time_once(loaded, prompt, new)
-    machine = ceilings()
+    machine = _ceilings(loaded)
     runs, found = [], []
     for i in range(repeat):
         if progress:
@@ -115,11 +130,35 @@ def measure_speed(
         weight_bytes=loaded.source.checkpoint.weight_bytes(),
         threads=torch.get_num_threads(),
         backends=dict(Counter(linear.backend.name for linear in linears(loaded))),
-        instruction_set=machine.cpu.isa if machine else None,
+        instruction_set=machine.isa if machine else None,
+        device=loaded.device_name,
+        card_memory=loaded.card_memory(),
+        device_note=loaded.device_note,
         prepared_note=loaded.prepared_note,
         cache=cache or "16bit",
         **_rates(loaded, prompt, new, runs, found),
     )
+
+
+def _load(
+    model: str | Path | Source, threads: int | None, device: str, context: int | None, cache: str | None
+) -> LanguageModel:
+    if not isinstance(model, Source):
+        return load(model, threads=threads, device=device, context=context, cache=cache)
+    if threads is not None:
+        set_threads(threads)
+    placement = placed(model, device, False, context, cache)
+    if isinstance(model.checkpoint, RandomCheckpoint):
+        model.checkpoint.device = placement.device
+    return LanguageModel(model, False, context, cache=cache, placement=placement)
+
+
+def _ceilings(model: LanguageModel) -> Ceilings | CardCeilings | None:
+    if model.device.type == "cpu":
+        return ceilings()
+    from fewbit.kernels._card_ceilings import card_ceilings
+
+    return card_ceilings(model.device)
 
 
 def _rates(
@@ -156,9 +195,13 @@ def time_once(model: LanguageModel, prompt: int, new: int) -> tuple[float, float
     try:
         start = time.perf_counter()
         logits = model.prefill(sequence, ids)
+        model.synchronize()
         middle = time.perf_counter()
-        for _ in range(new):
-            logits = model.forward([(sequence, [greedy(logits)])])[0]
+        # the last token is not only chosen but run as well
+        for token in model.tokens(sequence, logits, Sampler(Sampling()), [], new, None):
+            last = token
+        model.forward([(sequence, [last])])
+        model.synchronize()
         return middle - start, time.perf_counter() - middle
     finally:
         model.allocator.truncate(sequence, 0)
@@ -179,4 +222,4 @@ def read_bytes(model: LanguageModel) -> int:
 def multiply_adds(model: LanguageModel, prompt: int) -> int:
     """Multiply-adds of all linears for a prompt of so many tokens: the head runs for the last token of each chunk."""
     *blocks, head = (rows * columns for rows, columns in (linear.packed.shape for linear in linears(model)))
-    return sum(blocks) * prompt + head * -(-prompt // PREFILL_CHUNK)
+    return sum(blocks) * prompt + head * -(-prompt // model.chunk)

@@ -1,0 +1,103 @@
+// Stands in for pieces.cuh, so that steps.cu runs on a CPU: a thread for each of a block's threads, blocks one by one.
+#pragma once
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __host__
+#define __global__
+// one block runs at a time
+#define __shared__ static
+#define __forceinline__ inline
+#define __restrict__
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+struct uint2 { u32 x, y; };
+struct uint4 { u32 x, y, z, w; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+using std::max;
+using std::min;
+
+struct Index { int x, y, z; };
+inline thread_local Index threadIdx, blockIdx;
+inline Index gridDim, blockDim;
+
+struct Warp {
+    std::barrier<> together{32};
+    float given[32];
+};
+struct Block {
+    explicit Block(int threads) : together(threads), warps(threads / 32) {}
+    std::barrier<> together;
+    std::vector<Warp> warps;
+};
+inline Block* block_now;
+inline Warp& warp_now() { return block_now->warps[threadIdx.x / 32]; }
+inline void __syncthreads() { block_now->together.arrive_and_wait(); }
+inline void __syncwarp() { warp_now().together.arrive_and_wait(); }
+inline float __shfl_xor_sync(u32, float x, int mask) {
+    Warp& warp = warp_now();
+    warp.given[threadIdx.x % 32] = x;
+    warp.together.arrive_and_wait();
+    float found = warp.given[threadIdx.x % 32 ^ mask];
+    warp.together.arrive_and_wait();
+    return found;
+}
+inline void __threadfence() {}
+inline u32 atomicAdd(u32* at, u32 more) { return __atomic_fetch_add(at, more, __ATOMIC_SEQ_CST); }
+template <class T>
+T __ldcg(const T* at) { return *at; }
+
+inline u32 __float_as_uint(float f) { u32 u; memcpy(&u, &f, 4); return u; }
+inline float __uint_as_float(u32 u) { float f; memcpy(&f, &u, 4); return f; }
+inline float __expf(float x) { return std::exp(x); }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline float float_of_half(u16 h) {
+    int exponent = h >> 10 & 31, mantissa = h & 1023;
+    float size = exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp((float)mantissa, -24);
+    return h >> 15 ? -size : size;
+}
+// to nearest, ties to even
+inline u16 half_of(float f) {
+    _Float16 h = (_Float16)f;
+    u16 bits;
+    memcpy(&bits, &h, 2);
+    return bits;
+}
+inline u32 half2_of(float low, float high) { return half_of(low) | (u32)half_of(high) << 16; }
+inline void wait_for_inputs() {}
+inline void let_next_begin() {}
+
+// a kernel's whole grid
+template <class Call>
+void launch(Index grid, int threads, Call call) {
+    gridDim = grid;
+    blockDim = {threads, 1, 1};
+    for (int z = 0; z < grid.z; ++z)
+        for (int y = 0; y < grid.y; ++y)
+            for (int x = 0; x < grid.x; ++x) {
+                Block block(threads);
+                block_now = &block;
+                std::vector<std::thread> all;
+                for (int t = 0; t < threads; ++t)
+                    all.emplace_back([=] {
+                        threadIdx = {t, 0, 0};
+                        blockIdx = {x, y, z};
+                        call();
+                    });
+                for (std::thread& one : all) one.join();
+            }
+}
