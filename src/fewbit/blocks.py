@@ -20,6 +20,8 @@ from fewbit.source import Source
 # what a watcher is shown: the linear, and its input [T, in] before the product or its output [T, out] after it
 Watcher = Callable[["FloatLinear", Tensor], None]
 Reader = Callable[[str], QTensor]
+# cards from here on multiply bfloat16
+BF16_CAPABILITY = (8, 0)
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -156,10 +158,13 @@ class FloatBlock:
 
 
 def fast_product(source: Source, device: torch.device) -> torch.dtype:
-    """bfloat16 for a bf16 model on a CPU that multiplies it natively: calibration needs no more than what the model was
-    made in. float32 everywhere else.
+    """bfloat16 for a bf16 model where it is multiplied natively: calibration needs no more than what the model was made
+    in. float32 everywhere else.
     """
-    native = device.type == "cpu" and CPUINFO.exists() and "avx512_bf16" in CPUINFO.read_text()
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
+    else:
+        native = device.type == "cpu" and CPUINFO.exists() and "avx512_bf16" in CPUINFO.read_text()
     stored = {source.spec(w.name) for w in source.weights if w.role == "linear"}
     return torch.bfloat16 if native and stored == {"bf16"} else torch.float32
 

@@ -153,7 +153,12 @@ def _add_gram(stats: Stats, x: Tensor) -> None:
         if x.dtype == total.dtype:
             total.addmm_(x[:, rows].t(), x[:, start:])
         else:
-            total += x[:, rows].t() @ x[:, start:]
+            total += _product(x[:, rows].t(), x[:, start:])
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """In float32 on a card, which rounds nothing on the way out; on a CPU in the type of a and b."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a @ b
 
 
 def _add_cross(stats: Stats, y: Tensor, x: Tensor) -> None:
