@@ -7,6 +7,7 @@ A part (`small`, `large`) is {"ceilings": {"read", "dots"}, "rows": {name: row}}
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from _marks import Mark
@@ -28,16 +29,28 @@ TITLES = {"large": "1.2B, random weights in Llama-3.2-1B's shape", "small": "135
 Part = dict[str, Any]
 
 
-def best(part: Part, engine: str, bits: int, figure: str, at_least: int) -> float | None:
-    """The engine's fastest at so many bits, among types of at least so many bytes; None where none was measured."""
+def rounds(row: dict[str, Any], figure: str) -> list[float]:
+    """The figure of every round, in order; the one there is where rounds were not kept."""
+    kept = row.get("rounds")
+    return kept[figure] if kept else [row[figure]]
+
+
+def over(part: Part, row: dict[str, Any], engine: str, bits: int, figure: str, at_least: int) -> float | None:
+    """A row's figure over that of the engine's fastest type at so many bits, among types of at least so many bytes: the
+    median of the rounds' ratios, as both sides of a round meet the same machine. None where none was measured.
+    """
     rows = [part["rows"].get(f"{engine} {kind}") for kind in TYPES[bits]]
-    return max((row[figure] for row in rows if row and row["bytes"] >= at_least), default=None)
+    peers = [r for r in rows if r and r["bytes"] >= at_least]
+    if not peers:
+        return None
+    peer = max(peers, key=lambda r: r[figure])
+    return statistics.median(a / b for a, b in zip(rounds(row, figure), rounds(peer, figure), strict=True))
 
 
 def model_marks(part: Part, small: bool) -> list[Mark]:
     """Marks of one model's figures; those against a peer that was not run are left out."""
     name = "135M" if small else "1.2B"
-    found, ik = [], []
+    found, ik, shares = [], [], []
     for spec, bits in WIDTHS.items():
         row = part["rows"].get(f"fewbit {spec}")
         if row is None:
@@ -48,18 +61,19 @@ def model_marks(part: Part, small: bool) -> list[Mark]:
                 found.append(Mark(f"{name} {spec}: decode, share of the read ceiling", share, READ[bits], True))
             share = row["prefill_share"]
             found.append(Mark(f"{name} {spec}: prefill, share of the dot ceiling", share, DOTS_PREFILL, True))
-            ik.append((spec, row["prefill"], best(part, IK, bits, "prefill", 0)))
-        peer = best(part, LLAMA, bits, "decode", row["bytes"])
-        if peer and (small or bits in FASTER):
+            shares.append(share)
+            ik.append((spec, over(part, row, IK, bits, "prefill", 0)))
+        ratio = over(part, row, LLAMA, bits, "decode", row["bytes"])
+        if ratio and (small or bits in FASTER):
             bound = 1.0 if small else FASTER[bits]
-            found.append(Mark(f"{name} {spec}: decode over {LLAMA}", row["decode"] / peer, bound, True))
-        peer = best(part, LLAMA, bits, "prefill", 0)
-        if peer and bits == 4 and not small:
-            found.append(Mark(f"{name} {spec}: prefill over {LLAMA}", row["prefill"] / peer, LLAMA_PREFILL, True))
-    found += [Mark(f"{name} {s}: prefill over {IK}", ours / peer, IK_PREFILL, True) for s, ours, peer in ik if peer]
-    if len(ik) > 1:
-        rates = [ours for _, ours, _ in ik]
-        found.append(Mark(f"{name}: prefill, fastest width over slowest", max(rates) / min(rates), SPREAD))
+            found.append(Mark(f"{name} {spec}: decode over {LLAMA}", ratio, bound, True))
+        ratio = over(part, row, LLAMA, bits, "prefill", 0)
+        if ratio and bits == 4 and not small:
+            found.append(Mark(f"{name} {spec}: prefill over {LLAMA}", ratio, LLAMA_PREFILL, True))
+    found += [Mark(f"{name} {s}: prefill over {IK}", ratio, IK_PREFILL, True) for s, ratio in ik if ratio]
+    if len(shares) > 1:
+        # of shares: each was held against the multiply-adds of its own moment
+        found.append(Mark(f"{name}: prefill, fastest width over slowest", max(shares) / min(shares), SPREAD))
     return found
 
 
