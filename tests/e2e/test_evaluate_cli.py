@@ -184,8 +184,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Stands in for the tasks and the report, which are tested where they are made; what they were asked for."""
     calls: list[Any] = []
 
-    def run_tasks(model: str, names: Sequence[str], *, limit: int | None, exact: bool, progress: Any) -> Any:
-        calls.append((model, list(names), limit, exact))
+    def run_tasks(
+        model: str, names: Sequence[str], *, limit: int | None, exact: bool, progress: Any, **place: Any
+    ) -> Any:
+        elsewhere = {k: v for k, v in place.items() if v not in ("cpu", None)}
+        calls.append((model, list(names), limit, exact, *([elsewhere] if elsewhere else [])))
         return {name: {"acc": 0.25 + len(calls)} for name in names}
 
     def write_report(out: Path, against: str, qualities: Sequence[Quality]) -> None:
@@ -217,6 +220,9 @@ def test_tasks_without_a_text(cli: Cli, asked: list[Any]) -> None:
     found = json.loads(cli("eval", "A", "--against", "R", "--tasks", "one", "--exact", "--json")[1])
     assert found["tasks"] == {"R": {"one": {"acc": 1.25}}, "A": {"one": {"acc": 2.25}}}
     assert asked[1] == ("A", ["one"], None, True)
+    asked.clear()
+    assert cli("eval", "A", "--against", "R", "--tasks", "one", "--cache", "int8", "--device", "cuda:1")[0] == 0
+    assert asked[1] == ("A", ["one"], None, False, {"cache": "int8", "device": "cuda:1"})
 
 
 def test_tasks_and_a_report_beside_a_text(
