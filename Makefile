@@ -42,10 +42,11 @@ native-thread:
 
 # The CUDA kernels on this machine's card, watched. cuda-bindings asks the driver for functions that it lacks: no error.
 cuda-tests: $(STAMP)
-	$(BIN)/python -m pytest tests/kernels/test_cuda.py
+	$(BIN)/python -m pytest tests/kernels/test_cuda.py tests/kernels/test_cuda_steps.py tests/models/test_on_card.py
 	for tool in memcheck racecheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 \
-	        $(BIN)/python -m pytest -q tests/kernels/test_cuda.py -k "gates and (int4g64a or int3g64) or strided" || exit 1; \
+	        $(BIN)/python -m pytest -q tests/kernels/test_cuda.py tests/kernels/test_cuda_steps.py \
+	        -k "gates and (int4g64a or int3g64) or strided or norm or neighbours and 9-3-64" || exit 1; \
 	done
 
 # Emulated CPUs with all of it, without i8mm, and without dotprod: one for each of the ARM kernels.

@@ -38,7 +38,7 @@ from fewbit.runtime.sampler import Sampler, Sampling
 from fewbit.runtime.speed import read_bytes
 
 PROMPT, SHORT, NEW = 2048, 64, 64
-# llama.cpp's shares of the same ceiling on one H100 (shared/bench of the issue): Q4_0, Q4_0, Q2_K
+# llama.cpp's shares of the same ceiling on one H100 (0c1e570, an earlier run): Q4_0, Q4_0, Q2_K
 LLAMA_Q2_SHARE = 0.37
 CARD = 24 << 30
 

@@ -17,7 +17,7 @@ constexpr int64_t kTaskFloats = 1 << 14;
 // The same in multiply-adds of attention.
 constexpr int64_t kAttendAlone = 1 << 16;
 // New tokens that pass over a chunk of cached rows together, and floats of chunks' results that are kept before they are
-// merged: what attention needs beside the cache does not grow with the prompt.
+// merged: what attention needs beside the cache does not grow with the new tokens.
 constexpr int64_t kSpanTokens = 16, kRoundFloats = 1 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -164,7 +164,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _add_cross(stats: Stats, y: Tensor, x: Tensor) -> None:
     if "cross" not in stats:
         stats["cross"] = torch.zeros(y.shape[1], x.shape[1], device=x.device)
-    stats["cross"] += y.t() @ x
+    stats["cross"] += _product(y.t(), x)
 
 
 def _not_finite(index: int, y: Tensor, window: int) -> FewbitError:

@@ -22,6 +22,8 @@ from fewbit.errors import FewbitError
 from fewbit.runtime.engine import LanguageModel, load
 from fewbit.runtime.sampler import Sampling
 
+# inputs that run at once: all of their logits are wanted
+CHUNK = 256
 Progress = Callable[[int, int, str], None]
 # resamples for the error of a figure that is no plain mean
 RESAMPLES = 1000
@@ -177,8 +179,8 @@ class Scorer:
         # the first wanted token must run, and all after it
         sequence, shared = self.model.begin(self, inputs[: first + 1])
         wanted: list[Tensor] = []
-        for start in range(shared, len(inputs), self.model.chunk):
-            chunk = inputs[start : start + self.model.chunk]
+        for start in range(shared, len(inputs), CHUNK):
+            chunk = inputs[start : start + CHUNK]
             rows = list(range(max(first - start, 0), len(chunk)))
             logits = self.model.forward([(sequence, chunk)], rows or None).cpu()
             wanted += [logits] if rows else []

@@ -35,6 +35,7 @@ def have(monkeypatch: pytest.MonkeyPatch) -> Any:
     def pretend(*cards: Card, missing: str | None = None) -> None:
         monkeypatch.setattr(placement, "_automatic", AUTOMATIC)
         monkeypatch.setattr(placement, "cards", lambda: list(cards))
+        monkeypatch.setattr(placement, "_sees_cards", lambda: bool(cards))
         monkeypatch.setattr(placement, "missing", lambda: missing)
 
     return pretend
@@ -51,7 +52,7 @@ def test_a_plan_counts_what_is_stored_and_cached(source: Any) -> None:
     ends = 2 * 32000 * 8192
     assert found.weights == (linears + ends) * 33 // 64 + 4 * 161 * 8192
     assert found.cache == 2 * 80 * 4096 * 1024 * 2
-    # issue: with 4k of context in 40 GB, everything counted
+    # with 4k of context in 40 GB, everything counted
     assert 36e9 < found.total < 40e9
     assert plan(source, 8192, False, HALF).cache == 2 * found.cache
     exact = plan(source, 4096, True, torch.float32)

@@ -1,6 +1,7 @@
 """Who multiplies. `reference` is the definition; other backends must agree with it or refuse.
 
-Each module of this package (but `ops`) has `backend() -> Backend | None`: None where this machine can't run it.
+Each module of this package (but `ops`) has `backend() -> Backend | None`: None where this machine can't run it, and
+`DEVICES`, the kinds of devices it multiplies on.
 """
 
 from __future__ import annotations
@@ -41,8 +42,6 @@ class Backend(ABC):
     name: str
     # backends are tried from the highest to the lowest; the reference, which refuses nothing, has 0
     priority: int = 0
-    # kinds of devices it multiplies on
-    devices: tuple[str, ...] = ("cpu", "cuda")
     # operations around the products; a backend with faster ones overrides them
     ops: Ops = Ops()
 
@@ -101,8 +100,10 @@ class KeepingBackend(Backend):
 
 def available(exact: bool = False, device: str = "cpu") -> list[Backend]:
     """The backends of this machine for a kind of device, the preferred one first; with `exact` only the reference."""
-    found = [importlib.import_module(f"{__name__}.{name}").backend() for name in names(__name__) if name != "ops"]
-    usable = sorted((b for b in found if b is not None and device in b.devices), key=lambda b: -b.priority)
+    modules = (importlib.import_module(f"{__name__}.{name}") for name in names(__name__) if name != "ops")
+    # a card is not woken up for what runs on the CPU
+    found = [module.backend() for module in modules if device in module.DEVICES]
+    usable = sorted((b for b in found if b is not None), key=lambda b: -b.priority)
     return [b for b in usable if b.name == "reference"] if exact else usable
 
 

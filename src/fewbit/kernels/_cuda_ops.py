@@ -273,14 +273,19 @@ class Chooser:
         Temperature 0 takes the likeliest. `points` are uniform numbers from 0 to 1, one a row. Tokens of equal
         probability at the border of top-k or top-p all pass.
         """
+        with torch.cuda.device(self.device):
+            return self._started(logits.contiguous(), temperature, top_k, top_p, min_p, points)
+
+    def _started(
+        self, logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, points: Sequence[float]
+    ) -> Choice:
         rows, vocab = logits.shape
-        logits = logits.contiguous()
         found = torch.zeros(4, rows, dtype=torch.int64, device=self.device)
         best, drawn, chosen = found[0], found[1], found[2:]
         _run(self._kernels["largest"], (self.PARTS, rows, 1), 256, *_pointers(logits), c_int(vocab), *_pointers(best))
         if temperature > 0:
             point = torch.tensor(list(points), dtype=torch.float64).to(self.device)
-            settings = c_float(1 / temperature), c_int(top_k), c_float(top_p), c_float(min_p)
+            settings = c_float(1 / temperature), c_int(min(top_k, vocab)), c_float(top_p), c_float(min_p)
             args = *_pointers(logits), c_int(vocab), *settings, *_pointers(point, best, drawn)
             _run(self._kernels["draw"], (rows, 1, 1), 1024, *args)
         which = drawn if temperature > 0 else best
@@ -297,7 +302,10 @@ def cuda_ops(device: torch.device) -> CudaOps | None:
 @lru_cache(maxsize=8)
 def chooser(device: torch.device) -> Chooser | None:
     """None where nothing can be compiled for the card."""
-    return None if _nvrtc.missing() else Chooser(device)
+    if _nvrtc.missing():
+        return None
+    with torch.cuda.device(device):
+        return Chooser(device)
 
 
 def _run(kernel: Any, grid: tuple[int, int, int], threads: int, *args: Any) -> None:

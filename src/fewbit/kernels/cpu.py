@@ -23,6 +23,7 @@ from fewbit.kernels._cores import most_threads, physical_cores
 from fewbit.kernels._cpu_ops import CpuOps
 from fewbit.qtensor import QTensor
 
+DEVICES = ("cpu",)
 # columns whose activations share a scale, and which a span must not cut
 BLOCK = 32
 # larger tensors are unpacked and packed again in slices of rows, to bound the memory that takes
@@ -70,7 +71,6 @@ class Cpu(KeepingBackend):
 
     name = "cpu"
     priority = 20
-    devices = ("cpu",)
 
     def __init__(self, native: ModuleType) -> None:
         self.native = native

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from fewbit.kernels._cuda_shapes import Shape, shape_for
 from fewbit.kernels._nvrtc import Arguments, Kernel
 from fewbit.qtensor import QTensor
 
+DEVICES = ("cuda",)
 # tokens that are multiplied without writing the weights out
 FUSED_TOKENS = 128
 # bytes of weights that are written out at a time
@@ -74,7 +75,6 @@ class Cuda(Backend):
 
     name = "cuda"
     priority = 40
-    devices = ("cuda",)
 
     def refuses(self, q: QTensor) -> str | None:
         """None where the tensor is affine with groups that a tile has."""
@@ -269,9 +269,8 @@ def _multiplying(kind: Kind, shape: Shape, wide: int, gated: bool, device: int) 
     return _nvrtc.module("product.cu", ("product",), defines, device)["product"]
 
 
-@lru_cache(maxsize=1)
 def backend() -> Cuda | None:
-    """None without a card from sm_80 on, or where nothing can be compiled."""
-    if _nvrtc.missing() is not None or _nvrtc.card_arch() < LEAST_ARCH:
+    """None where torch's current card is older than sm_80, or nothing can be compiled for it."""
+    if _nvrtc.missing() is not None or _nvrtc.card_arch(torch.cuda.current_device()) < LEAST_ARCH:
         return None
     return Cuda()

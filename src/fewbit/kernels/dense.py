@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fewbit.kernels import Backend, Packed
 from fewbit.qtensor import QTensor
 
+DEVICES = ("cpu", "cuda")
 SPECS = ("f32", "f16", "bf16")
 # f16 weights that are widened at a time
 SLICE_WEIGHTS = 1 << 22

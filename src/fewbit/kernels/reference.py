@@ -10,6 +10,8 @@ from fewbit.formats import parse
 from fewbit.kernels import Backend, Packed
 from fewbit.qtensor import QTensor
 
+DEVICES = ("cpu", "cuda")
+
 
 class Reference(Backend):
     """Holds float32 weights; rounds no activation."""

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fewbit.runtime.cache import PAGE_SIZE, PageAllocator
 from fewbit.runtime.cache import Sequence as CachedSequence
 from fewbit.runtime.generation import Generation
 from fewbit.runtime.graphs import StepGraphs
-from fewbit.runtime.placement import CARD_CHUNK, PREFILL_CHUNK, Placement, out_of_memory, place
+from fewbit.runtime.placement import CARD_CHUNK, PREFILL_CHUNK, CardMemoryError, Placement, out_of_memory, place
 from fewbit.runtime.sampler import Sampler, Sampling
 from fewbit.source import Source, open_source
 from fewbit.tokenizer import Tokenizer
@@ -55,7 +56,8 @@ class LanguageModel:
         self.device, self.plan, self.device_note = placement.device, placement.plan, placement.note
         # tokens of a prompt that run at once: bounds the activations' memory
         self.chunk = CARD_CHUNK if self.device.type == "cuda" else PREFILL_CHUNK
-        self.backends = kernels.available(exact, self.device.type)
+        with self._on_card():
+            self.backends = kernels.available(exact, self.device.type)
         # why the reference runs what a faster kernel refused
         self.notes: list[str] = []
         # why no prepared layout is kept, or what was wrong with the one that was
@@ -117,6 +119,8 @@ class LanguageModel:
         Returns float32 [W, vocab]: the logits of the tokens `wanted` (indices into the flat batch), by default the
         last token of each sequence.
         """
+        if not all(new for _, new in steps):
+            raise ValueError("every sequence of a step needs a new token")
         with self._lock:
             logits = self._guarded(lambda: self._step(steps, wanted), [s for s, _ in steps])
             for sequence, new in steps:
@@ -417,6 +421,14 @@ def load(
     cache_dtype(exact, cache)
     if threads is not None:
         set_threads(threads)
-    note = (lambda text: progress(0, 1, text)) if progress else None
-    source = open_source(model, note)
-    return LanguageModel(source, exact, context, progress, cache, placed(source, device, exact, context, cache))
+    source = open_source(model, (lambda text: progress(0, 1, text)) if progress else None)
+    placement = placed(source, device, exact, context, cache)
+    try:
+        return LanguageModel(source, exact, context, progress, cache, placement)
+    except CardMemoryError as error:
+        if device != "auto":
+            raise
+        note = f"The CPU is used. {error.what} {error.facts}"
+    return LanguageModel(
+        source, exact, context, progress, cache, replace(placed(source, "cpu", exact, context, cache), note=note)
+    )

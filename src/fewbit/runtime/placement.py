@@ -68,7 +68,13 @@ def cards() -> list[Card]:
         return []
     found = []
     for i in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(i)
+        try:
+            free, total = torch.cuda.mem_get_info(i)
+        except RuntimeError:
+            # full, broken, or another process's alone
+            continue
+        # what torch holds and nobody uses is free as well
+        free += torch.cuda.memory_reserved(i) - torch.cuda.memory_allocated(i)
         found.append(Card(i, torch.cuda.get_device_name(i), free, total, torch.cuda.get_device_capability(i)))
     return found
 
@@ -118,11 +124,16 @@ def place(
 
 
 def _automatic(source: Source, context: int, exact: bool, cached: torch.dtype) -> Placement:
-    found = cards()
     on_cpu = plan(source, context, exact, cached, on_card=False)
+    if not _sees_cards():
+        built = torch.version.cuda is not None
+        note = "torch sees no CUDA card" if built else "this torch was built without CUDA"
+        return Placement(CPU, on_cpu, f"There is a card, but {note}: the CPU is used." if _DRIVER.exists() else None)
+    if reason := missing():
+        return Placement(CPU, on_cpu, f"The CPU is used, not a card. {reason}.")
+    found = cards()
     if not found:
-        note = "There is a card, but this torch was built without CUDA" if _DRIVER.exists() else None
-        return Placement(CPU, on_cpu, note and f"{note}: the CPU is used.")
+        return Placement(CPU, on_cpu, "The CPU is used: no card said how much of its memory is free.")
     card = max(found, key=lambda c: (c.capability >= LEAST_CAPABILITY, c.free))
     wanted = plan(source, context, exact, cached)
     reason = _unusable(card, cached)
@@ -132,6 +143,10 @@ def _automatic(source: Source, context: int, exact: bool, cached: torch.dtype) -
         return Placement(CPU, on_cpu, f"The CPU is used, not the card cuda:{card.index}. {reason}.")
     several = f"One of {len(found)} cards is used, cuda:{card.index}: a model is not spread over several."
     return Placement(torch.device("cuda", card.index), wanted, several if len(found) > 1 else None)
+
+
+def _sees_cards() -> bool:
+    return torch.cuda.is_available()
 
 
 def _named(index: int | None) -> Card:
@@ -165,6 +180,10 @@ def _unusable(card: Card, cached: torch.dtype) -> str | None:
     return missing()
 
 
+class CardMemoryError(FewbitError):
+    """A card's memory ran out in spite of the plan."""
+
+
 def too_large(wanted: Plan, card: Card) -> FewbitError:
     """The model does not fit what is free."""
     return FewbitError(
@@ -178,7 +197,7 @@ def out_of_memory(wanted: Plan, device: torch.device, said: str) -> FewbitError:
     """The card's memory ran out in spite of the plan; `said` are torch's words."""
     free, total = torch.cuda.mem_get_info(device)
     first = said.split(". ")[0].strip().rstrip(".")
-    return FewbitError(
+    return CardMemoryError(
         "The card has no memory left.",
         f"{wanted}; {_gib(free)} of {_gib(total)} are free now. {first}.",
         "Take fewer bits or a smaller --context, close what else uses the card, or run with --device cpu.",
