@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from fewbit.kernels._cuda_ops import MOST_SPLITS, TILE, sharing
 from fewbit.kernels._nvrtc import SOURCES
 from fewbit.kernels.ops import Ops
+from tests.kernels.stand_in import compiled
 
 PAGE = 256
 RUN = """
@@ -38,23 +38,10 @@ extern "C" void attend(int x, int y, int z, const float* qkv, const float* c, co
 
 def library(folder: Path, width: int, shared: int) -> ctypes.CDLL:
     """steps.cu for heads of a width."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("there is no g++")
     shutil.copy(SOURCES / "steps.cu", folder)
     shutil.copy(Path(__file__).with_name("steps_on_cpu.h"), folder / "pieces.cuh")
     (folder / "run.cpp").write_text(RUN)
-    flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-pthread", "-w", f"-DWIDTH={width}", f"-DSHARING={shared}"]
-    done = subprocess.run(
-        [compiler, *flags, str(folder / "run.cpp"), "-o", str(folder / "run.so")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "No such file" in done.stderr or "_Float16" in done.stderr:
-        pytest.skip("this C++ compiler has no <barrier> or no halves")
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(folder / "run.so"))
+    return compiled(folder, {"WIDTH": width, "SHARING": shared})
 
 
 def at(t: Tensor | None) -> ctypes.c_void_p:
