@@ -133,16 +133,16 @@ class FloatBlock:
             read or source.read, source.has, (), WindowOps(length), [], device=device, product=product
         )
         self.prefix = source.module.BLOCK.format(index)
-        self.inner = source.module.Block(source.args, weights, self.prefix)
+        self.inner = source.module.Block(source.args, weights, index)
         self.linears, self.vectors = weights.linears, weights.vectors
         # angles of one window: the same for all
-        cos, sin = source.module.rope(source.args)(torch.arange(length))
+        cos, sin = source.module.rope(source.args, length)(torch.arange(length))
         self.cos, self.sin = cos.to(device), sin.to(device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [n, length, d] -> the same shape."""
         n = len(x)
-        cos, sin = (t.to(x.dtype).repeat(n, 1) for t in (self.cos, self.sin))
+        cos, sin = (torch.cat([t.to(x.dtype)] * n, dim=-2) for t in (self.cos, self.sin))
         return self.inner(x.flatten(0, 1), cos, sin, _NO_CACHE).unflatten(0, (n, self.length))  # type: ignore[no-any-return]
 
     @contextmanager

@@ -45,15 +45,46 @@ class Product(Protocol):
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
 
-@dataclass(frozen=True)
-class Layer:
-    """The parts of one decoder layer over a hidden state of width d.
+def no_product(x: Tensor, /) -> Tensor:  # noqa: ARG001
+    """In the place of a product that a layer does not have."""
+    raise ValueError("this layer has no such product")
 
-    qkv [d -> (heads + 2 kv_heads) * width], o [heads * width -> d], gate_up [d -> 2n], down [n -> d]; norms [d].
+
+@dataclass(frozen=True)
+class Experts:
+    """Gated products of which each token takes the `used` that its router's logits are largest for, weighted by their
+    probabilities (Shazeer et al. 2017, section 2; Jiang et al. 2024, section 2.1).
+
+    router      float32 [experts, d]
+    gate_up     d -> 2n, and `down`, n -> d: one for each expert
+    normalized  whether the weights of the experts taken are made to sum to one
     """
 
-    attention_norm: Tensor
-    mlp_norm: Tensor
+    router: Tensor
+    gate_up: Sequence[Product]
+    down: Sequence[Product]
+    used: int
+    normalized: bool
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The parts of one decoder layer over a hidden state of width d. What has a default is Llama's.
+
+    qkv [d -> (heads + 2 kv_heads) * width], o [heads * width -> d], gate_up [d -> 2n], down [n -> d]
+    attention_norm, mlp_norm    [d], of what a branch is given; None: it is given x itself
+    attention_after, mlp_after  [d], of what a branch gives, before it is added to x
+    q_norm, k_norm              [width], of each head, or [heads * width], [kv_heads * width], of all together
+    scale     of scores; None: width^-0.5
+    soft_cap  scores become cap * tanh(score / cap); 0: they stay
+    window    tokens that a token sees, itself included; 0: all before it
+    rotation  which of the model's rotations turns q and k
+    turned    numbers of a head that are turned, its first ones; None: all
+    experts   instead of gate_up and down
+    """
+
+    attention_norm: Tensor | None
+    mlp_norm: Tensor | None
     eps: float
     qkv: Product
     o: Product
@@ -63,6 +94,36 @@ class Layer:
     kv_heads: int
     width: int
     activation: str
+    attention_after: Tensor | None = None
+    mlp_after: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    scale: float | None = None
+    soft_cap: float = 0.0
+    window: int = 0
+    rotation: int = 0
+    turned: int | None = None
+    experts: Experts | None = None
+
+    @property
+    def score_scale(self) -> float:
+        """What scores are multiplied by."""
+        return self.width**-0.5 if self.scale is None else self.scale
+
+    @property
+    def norm(self) -> Tensor:
+        """A norm over the hidden state, of which there is always one: where the layer lies, and how wide it is."""
+        found = self.attention_norm if self.attention_norm is not None else self.attention_after
+        if found is None:
+            raise ValueError("a layer needs a norm before or after attention")
+        return found
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has no more parts than Llama's."""
+        extras = (self.attention_after, self.mlp_after, self.q_norm, self.k_norm, self.scale, self.turned, self.experts)
+        nothing = self.soft_cap == 0 and self.window == 0 and self.rotation == 0
+        return nothing and all(extra is None for extra in extras) and None not in (self.attention_norm, self.mlp_norm)
 
 
 class Ops:
@@ -104,10 +165,20 @@ class Ops:
         v_cache[slots] = cached(v, v_cache.dtype)
         return q
 
-    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: Batch,
+        scale: float,
+        window: int = 0,
+        soft_cap: float = 0.0,
+    ) -> Tensor:
         """Causal grouped-query attention of q [T, H, D] over the cached rows of each token's sequence -> [T, H * D].
 
-        Token i of a sequence with n new tokens and length L sees its first L - n + i + 1 rows.
+        Token i of a sequence with n new tokens and length L sees its first L - n + i + 1 rows, the last `window` of
+        them where that is not 0.
         """
         tokens, heads, width = q.shape
         out = torch.empty(tokens, heads * width, dtype=q.dtype, device=q.device)
@@ -117,30 +188,63 @@ class Ops:
             used = batch.pages[s, : -(-length // batch.page_size)]
             k, v = (uncached(_gather(c, used, batch.page_size, length), q.dtype) for c in (k_cache, v_cache))
             fresh = last - first
-            mask = None
-            if fresh > 1:
-                allowed = torch.arange(length - fresh, length, device=q.device)
-                mask = torch.arange(length, device=q.device)[None] <= allowed[:, None]
-            y = F.scaled_dot_product_attention(
-                q[first:last].transpose(0, 1)[None],
-                k.transpose(0, 1)[None],
-                v.transpose(0, 1)[None],
-                attn_mask=mask,
-                scale=scale,
-                enable_gqa=True,
-            )
+            mask = visible(length, fresh, window, q.device) if fresh > 1 or 0 < window < length else None
+            heads_first = (x.transpose(0, 1)[None] for x in (q[first:last], k, v))
+            y = attention(*heads_first, mask, scale, soft_cap)
             out[first:last] = y[0].transpose(0, 1).reshape(fresh, heads * width)
         return out
 
     def layer(self, x: Tensor, layer: Layer, cache: Cache, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         """x [T, d] + attention of its norm, then + the gated product of that one's norm -> [T, d]."""
+        x = x + self._after(self.attention(x, layer, cache, cos, sin, batch), layer.attention_after, layer.eps)
+        return x + self._after(self.feed_forward(x, layer), layer.mlp_after, layer.eps)
+
+    def attention(self, x: Tensor, layer: Layer, cache: Cache, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        """What a layer's attention makes of x [T, d] -> [T, d]."""
         heads, kv = layer.heads, layer.kv_heads
-        qkv = layer.qkv(self.rms_norm(x, layer.attention_norm, layer.eps))
+        qkv = layer.qkv(self._after(x, layer.attention_norm, layer.eps))
         q, k, v = qkv.unflatten(1, (heads + 2 * kv, layer.width)).split((heads, kv, kv), dim=1)
+        q, k = self.norm_heads(q, layer.q_norm, layer.eps), self.norm_heads(k, layer.k_norm, layer.eps)
         q = self.rotate_append(q, k, v, cos, sin, batch.slots, *cache)
-        x = x + layer.o(self.attend(q, *cache, batch, layer.width**-0.5))
-        gate_up = layer.gate_up(self.rms_norm(x, layer.mlp_norm, layer.eps))
-        return x + layer.down(self.gated(gate_up, layer.activation))
+        return layer.o(self.attend(q, *cache, batch, layer.score_scale, layer.window, layer.soft_cap))
+
+    def feed_forward(self, x: Tensor, layer: Layer) -> Tensor:
+        """What a layer's gated product, or its experts, make of x [T, d] -> [T, d]."""
+        x = self._after(x, layer.mlp_norm, layer.eps)
+        if layer.experts is not None:
+            return self.mixture(x, layer.experts, layer.activation)
+        return layer.down(self.gated(layer.gate_up(x), layer.activation))
+
+    def norm_heads(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        """x [T, H, D], each head's norm for a weight [D], or that of all together for [H * D]; None: x."""
+        if weight is None:
+            return x
+        columns = weight.shape[0]
+        return self.rms_norm(x.reshape(-1, columns), weight, eps).view(x.shape)
+
+    def mixture(self, x: Tensor, experts: Experts, activation: str) -> Tensor:
+        """x [T, d] -> [T, d]: each token through its experts. Which tokens are beside it changes nothing."""
+        chosen, weights = self.route(x, experts)
+        out = torch.zeros_like(x)
+        # in the order of the experts, so that a token's sum has one order
+        for e in chosen.unique().tolist():
+            tokens, place = (chosen == e).nonzero(as_tuple=True)
+            y = self.expert(x.index_select(0, tokens), experts, e, tokens, activation)
+            out = out.index_add(0, tokens, y * weights[tokens, place, None])
+        return out
+
+    def route(self, x: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
+        """The experts each token of x [T, d] takes, int64 [T, used], and what each counts, float32 [T, used]."""
+        probabilities = F.linear(x, experts.router).softmax(-1)
+        weights, chosen = probabilities.topk(experts.used, dim=-1)
+        return chosen, weights / weights.sum(-1, keepdim=True) if experts.normalized else weights
+
+    def expert(self, x: Tensor, experts: Experts, e: int, tokens: Tensor, activation: str) -> Tensor:
+        """x [n, d] through expert `e` -> [n, d]; `tokens` int64 [n] are their places in the step."""
+        return experts.down[e](self.gated(experts.gate_up[e](x), activation))
+
+    def _after(self, x: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+        return x if norm is None else self.rms_norm(x, norm, eps)
 
     def stack(self, layers: Sequence[Layer]) -> Stack:
         """`layers` made ready to run one after the other."""
@@ -161,21 +265,54 @@ class Stack:
     def allocate(self, rows: int, dtype: torch.dtype) -> None:
         """Room for `rows` tokens. Memory is only touched when written, so a large context costs nothing unused."""
         shapes = [(rows, layer.kv_heads, cached_width(layer.width, dtype)) for layer in self.layers]
-        devices = [layer.attention_norm.device for layer in self.layers]
+        devices = [layer.norm.device for layer in self.layers]
         self.caches = [
             (torch.empty(s, dtype=dtype, device=on), torch.empty(s, dtype=dtype, device=on))
             for s, on in zip(shapes, devices, strict=True)
         ]
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
-        """x [T, d], cos and sin [T, D/2] of the tokens' positions -> [T, d]; appends to the caches."""
+        """x [T, d], cos and sin [T, D/2] of the tokens' positions -> [T, d]; appends to the caches.
+
+        A model of several rotations gives those of each, [rotations, T, D/2].
+        """
         for layer, cache in zip(self.layers, self.caches, strict=True):
-            x = self.ops.layer(x, layer, cache, cos, sin, batch)
+            x = self.ops.layer(x, layer, cache, rotation(cos, layer), rotation(sin, layer), batch)
         return x
 
 
+def rotation(angles: Tensor, layer: Layer) -> Tensor:
+    """The cosines or sines [T, D/2] that turn a layer's heads."""
+    return angles[layer.rotation] if angles.dim() == 3 else angles
+
+
+def visible(length: int, fresh: int, window: int, device: torch.device) -> Tensor:
+    """Which of `length` rows the last `fresh` tokens see, bool [fresh, length]."""
+    last = torch.arange(length - fresh, length, device=device)[:, None]
+    rows = torch.arange(length, device=device)[None]
+    seen = rows <= last
+    return seen & (rows > last - window) if window else seen
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, soft_cap: float = 0.0) -> Tensor:
+    """q [n, H, T, D], k and v [n, KV, L, D], mask bool [T, L] or None -> [n, H, T, D]."""
+    if not soft_cap:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = soft_cap * (q @ k.transpose(-1, -2) * (scale / soft_cap)).tanh()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weighted: Tensor = scores.softmax(-1) @ v
+    return weighted
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, H, D] turned by cos, sin [T, D/2]: the two halves of a head are the pairs."""
+    """x [T, H, D] turned by cos, sin [T, D/2]: the two halves of a head are the pairs. Fewer angles turn the numbers a
+    head begins with.
+    """
+    turned = 2 * cos.shape[-1]
+    if turned < x.shape[-1]:
+        return torch.cat((rotate(x[..., :turned], cos, sin), x[..., turned:]), dim=-1)
     a, b = x.chunk(2, dim=-1)
     c, s = cos[:, None], sin[:, None]
     return torch.cat((a * c - b * s, b * c + a * s), dim=-1)
