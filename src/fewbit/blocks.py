@@ -165,8 +165,8 @@ class FloatWeights(Weights):
 class FloatBlock:
     """Block `index` of a model, every window of `length` tokens run alone.
 
-    linears  FloatLinear in the order they were asked for; vectors  norms, biases and the router by full name, as they run
-    offsets  what was added to a norm as it is stored
+    linears  FloatLinear in the order they were asked for
+    vectors  norms, biases and the router by full name, as they run; offsets: what was added to a norm for that
     product  the type matrices are multiplied in: float32, or bfloat16 where that is much faster and enough
     """
 

@@ -43,9 +43,7 @@ class Source:
         config = checkpoint.config
         # what is worth telling whoever opens the model
         self.notes: list[str] = []
-        self.module: ModuleType = (
-            find_gguf_model(config) if self._gguf else find_model(str(config.get("model_type")))
-        )
+        self.module: ModuleType = find_gguf_model(config) if self._gguf else find_model(str(config.get("model_type")))
         self._rename: Callable[[str], str | None] | None = None
         if hasattr(self.module, "text_part"):
             config, self._rename = self.module.text_part(config), self.module.text_name

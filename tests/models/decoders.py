@@ -26,6 +26,7 @@ def rope(kind: str, **more: Any) -> dict[str, Any]:
 
 
 UNTIED = {"tie_word_embeddings": False}
+SHORT = {"max_position_embeddings": 64}
 FACTORS = {"short_factor": [1 + i / 8 for i in range(8)], "long_factor": [2 + i / 2 for i in range(8)]}
 # what a model can't do without, whatever the case
 NEEDED: dict[str, dict[str, Any]] = {
@@ -45,8 +46,8 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "yarn, its own temperature": rope(
             "yarn", factor=4.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=0.9, truncate=False
         ),
-        "longrope, long": {"max_position_embeddings": 64} | rope("longrope", original_max_position_embeddings=16, **FACTORS),
-        "longrope, short": {"max_position_embeddings": 64} | rope("longrope", original_max_position_embeddings=48, **FACTORS),
+        "longrope, long": SHORT | rope("longrope", original_max_position_embeddings=16, **FACTORS),
+        "longrope, short": SHORT | rope("longrope", original_max_position_embeddings=48, **FACTORS),
         "biases": {"attention_bias": True, "mlp_bias": True},
     },
     "mistral": {"window": {"sliding_window": 8} | UNTIED, "no window": {"sliding_window": None, "head_dim": 32}},

@@ -10,7 +10,7 @@ import torch
 
 import fewbit
 from fewbit.blocks import FloatBlock, embed
-from fewbit.calibrated import propagate
+from fewbit.passes import propagate
 from fewbit.runtime.cache import PAGE_SIZE, PageAllocator, Sequence
 from fewbit.source import open_source
 from tests.models.decoders import CASE_NAMES, CASES, transformers_model, written

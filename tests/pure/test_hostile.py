@@ -16,8 +16,8 @@ import fewbit
 from fewbit.checkpoint import _folder
 from fewbit.checkpoint._safetensors import Shards
 from fewbit.errors import FewbitError
-from fewbit.rotary import RopeArgs
 from fewbit.models import llama
+from fewbit.rotary import RopeArgs
 from fewbit.source import open_source
 from fewbit.tokenizer.chat_template import ChatTemplate
 from tests.conftest import CONFIG

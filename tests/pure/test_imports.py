@@ -43,13 +43,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference_cache": {"store", "scoring", "source"},
     "runtime": LOW | {"formats", "kernels", "layers", "models", "checkpoint", "tokenizer", "store", "source", "memory"},
     "blocks": LOW | {"formats", "kernels", "layers", "source"},
-    "calibrated": LOW | {"formats", "methods", "source", "blocks"},
+    "passes": LOW | {"methods", "blocks"},
+    "feeds": LOW | {"methods", "source", "blocks"},
+    "calibrated": LOW | {"formats", "methods", "source", "blocks", "feeds"},
     "scratch": set(),
-    "sensitivity": LOW | {"formats", "layers", "source", "blocks", "calibrated", "scratch"},
-    "preflight": LOW | {"formats", "methods", "source", "blocks", "calibrated", "sensitivity"},
+    "sensitivity": LOW | {"formats", "layers", "source", "blocks", "passes", "scratch"},
+    "preflight": LOW | {"formats", "methods", "source", "blocks", "passes", "sensitivity"},
     "walk": LOW | {"formats", "methods", "checkpoint", "source", "blocks", "calibrated", "scratch", "sensitivity"},
 }
-MAY_IMPORT["walk"] |= {"preflight"}
+MAY_IMPORT["walk"] |= {"preflight", "passes"}
 MAY_IMPORT["runtime"] |= {"prepared", "random_models"}
 MAY_IMPORT["self_calibration"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
 MAY_IMPORT["quantizer"] = MAY_IMPORT["walk"] | {"walk", "models", "tokenizer", "store", "calibration"}
