@@ -7,30 +7,22 @@ from typing import Any
 Shape = dict[str, Any]
 
 
-def _decoder(
-    model_type: str,
-    hidden: int,
-    inner: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    vocab: int,
-    context: int,
-    eps: float = 1e-5,
-    **more: Any,
-) -> Shape:
-    return {
-        "model_type": model_type,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "max_position_embeddings": context,
-        "rms_norm_eps": eps,
-        "dtype": "bfloat16",
-    } | more
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+
+
+def _decoder(model_type: str, *sizes: float, **more: Any) -> Shape:
+    """SIZES in their order, without the last where it is 1e-5."""
+    found = dict(zip(SIZES, (*sizes, 1e-5), strict=False))
+    return {"model_type": model_type, "dtype": "bfloat16"} | found | more
 
 
 def _llama(*sizes: int, **more: Any) -> Shape:
