@@ -31,8 +31,12 @@ HALVES = {
     **dict.fromkeys(("q4_0", "q5_0", "q8_0", "iq1_s", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"), (0,)),
     **dict.fromkeys(("q4_1", "q5_1", "q4_k", "q5_k"), (0, 2)),
     **dict.fromkeys(("iq4_nl", "iq4_xs"), (0,)),
-    **{"q2_k": (80, 82), "q3_k": (108,), "q6_k": (208,), "tq1_0": (52,), "tq2_0": (64,)},
-    **{"iq1_m": (), "mxfp4": (), "nvfp4": ()},
+    **dict.fromkeys(("iq1_m", "mxfp4", "nvfp4"), ()),
+    "q2_k": (80, 82),
+    "q3_k": (108,),
+    "q6_k": (208,),
+    "tq1_0": (52,),
+    "tq2_0": (64,),
 }
 GGML = [f"gguf:{name}" for name in HALVES]
 
