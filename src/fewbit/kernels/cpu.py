@@ -39,7 +39,7 @@ _native = _load()
 
 
 class Cpu(KeepingBackend):
-    """All that is `scale * code + offset` or `scale * level`, in groups of whole blocks of 32 columns or of half of one.
+    """All that is `scale * code + offset` or `scale * level`, with groups of whole blocks of 32 columns or of half.
 
     Threads, until told otherwise: the physical cores, but no more than torch uses (it obeys OMP_NUM_THREADS).
     """
