@@ -224,36 +224,33 @@ void product_bytes(const BlockView &w, const TileView &x, int64_t begin, int64_t
     return product_kind<Kind<8, 8, false, Halves>>(w, x, begin, end, y, y_stride);
 }
 
-// Packed codes with a table or of half blocks: single tokens alone, which keeps the number of kernels down.
-void product_single(const BlockView &w, const TileView &x, int64_t begin, int64_t end, float *y, int64_t y_stride) {
-    if (w.tabled && w.halves) {
-        if (w.packed_bits == 3) return product_tile<Kind<8, 3, true, true>, 1>(w, x, begin, end, y, y_stride);
-        return product_tile<Kind<8, 4, true, true>, 1>(w, x, begin, end, y, y_stride);
-    }
-    if (w.tabled) {
-        if (w.packed_bits == 3) return product_tile<Kind<8, 3, true>, 1>(w, x, begin, end, y, y_stride);
-        return product_tile<Kind<8, 4, true>, 1>(w, x, begin, end, y, y_stride);
-    }
+template <bool Halves>
+void product_levels(const BlockView &w, const TileView &x, int64_t begin, int64_t end, float *y, int64_t y_stride) {
+    if (w.packed_bits == 3) return product_kind<Kind<8, 3, true, Halves>>(w, x, begin, end, y, y_stride);
+    return product_kind<Kind<8, 4, true, Halves>>(w, x, begin, end, y, y_stride);
+}
+
+void product_of_halves(const BlockView &w, const TileView &x, int64_t begin, int64_t end, float *y, int64_t y_stride) {
+    if (w.tabled) return product_levels<true>(w, x, begin, end, y, y_stride);
     switch (w.packed_bits) {
-        case 2: return product_tile<Kind<2, 2, false, true>, 1>(w, x, begin, end, y, y_stride);
-        case 3: return product_tile<Kind<3, 3, false, true>, 1>(w, x, begin, end, y, y_stride);
-        case 4: return product_tile<Kind<4, 4, false, true>, 1>(w, x, begin, end, y, y_stride);
-        default: return product_tile<Kind<6, 6, false, true>, 1>(w, x, begin, end, y, y_stride);
+        case 2: return product_kind<Kind<2, 2, false, true>>(w, x, begin, end, y, y_stride);
+        case 3: return product_kind<Kind<3, 3, false, true>>(w, x, begin, end, y, y_stride);
+        case 4: return product_kind<Kind<4, 4, false, true>>(w, x, begin, end, y, y_stride);
+        case 6: return product_kind<Kind<6, 6, false, true>>(w, x, begin, end, y, y_stride);
+        default: return product_bytes<true>(w, x, begin, end, y, y_stride);
     }
 }
 
 void product(const BlockView &w, const TileView &x, int64_t begin, int64_t end, float *y, int64_t y_stride) {
-    if (w.packed_bits == 8) {
-        if (w.halves) return product_bytes<true>(w, x, begin, end, y, y_stride);
-        return product_bytes<false>(w, x, begin, end, y, y_stride);
-    }
-    if (w.tabled || w.halves) return product_single(w, x, begin, end, y, y_stride);
+    if (w.halves) return product_of_halves(w, x, begin, end, y, y_stride);
+    if (w.tabled) return product_levels<false>(w, x, begin, end, y, y_stride);
     switch (w.packed_bits) {
         case 2: return product_kind<Kind<2, 2>>(w, x, begin, end, y, y_stride);
         case 3: return product_kind<Kind<3, 3>>(w, x, begin, end, y, y_stride);
         case 4: return product_kind<Kind<4, 4>>(w, x, begin, end, y, y_stride);
         case 5: return product_kind<Kind<5, 5>>(w, x, begin, end, y, y_stride);
-        default: return product_kind<Kind<6, 6>>(w, x, begin, end, y, y_stride);
+        case 6: return product_kind<Kind<6, 6>>(w, x, begin, end, y, y_stride);
+        default: return product_bytes<false>(w, x, begin, end, y, y_stride);
     }
 }
 

@@ -103,7 +103,7 @@ struct KernelTable {
     // Output rows of row blocks [begin, end) for one tile; y is the tile's first token.
     void (*product)(const BlockView &, const TileView &, int64_t begin, int64_t end, float *y, int64_t y_stride);
     // The codes of a row block, or what the table makes of them, as packed_bits = 8, [column_blocks][8 * 64]: worth it
-    // for many tokens. Packed codes of half blocks or with a table are multiplied by single tokens alone.
+    // for many tokens.
     void (*unpack)(const BlockView &, int64_t row_block, uint8_t *out);
     void (*rms_norm)(const float *x, const float *weight, float *y, int64_t n, float eps);
     void (*gated_silu)(const float *gate, const float *up, float *y, int64_t n);

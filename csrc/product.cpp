@@ -145,9 +145,8 @@ struct RowBlocks {
     }
 
     void multiply(int64_t first_row, int64_t last_row, int64_t first_tile, int64_t last_tile) const {
-        const bool must = (w.tabled || w.halves) && a.tokens > 1;
-        if (last_tile - first_tile == 1 && !must) return product(w, first_row, last_row, first_tile, last_tile, y);
-        const bool unpacks = w.packed_bits < 8 && (must || last_tile - first_tile >= kUnpackTiles);
+        if (last_tile - first_tile == 1) return product(w, first_row, last_row, first_tile, last_tile, y);
+        const bool unpacks = w.packed_bits < 8 && last_tile - first_tile >= kUnpackTiles;
         for (int64_t row = first_row; row < last_row; ++row) {
             if (!unpacks) {
                 product(w, row, row + 1, first_tile, last_tile, y);
