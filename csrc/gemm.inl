@@ -15,40 +15,50 @@ namespace {
 // but not far enough ahead beside the activations of several tokens.
 constexpr int kAhead = 8192;
 
-// Where the numbers of group `g` begin, for this part of the rows.
-inline int64_t group_at(const BlockView &w, int64_t row_block, int part, int64_t g) {
-    return (row_block * w.groups + g) * kRows + part * Isa::lanes;
-}
-inline int64_t super_at(const BlockView &w, int64_t row_block, int part, int64_t g) {
-    return (row_block * w.supers + (g >> w.super_shift)) * kRows + part * Isa::lanes;
-}
+// Always inlined: a call would put every sum that is held in a register into memory and back.
+#define FEWBIT_INLINE inline __attribute__((always_inline))
 
-inline Isa::Floats scales(const BlockView &w, int64_t row_block, int part, int64_t g) {
-    const int64_t at = group_at(w, row_block, part, g);
-    if (w.scale_type <= Scalar::bf16) return Isa::load_scales(w.scales, at, w.scale_type);
-    const Isa::Floats super = Isa::load_scales(w.scale_supers, super_at(w, row_block, part, g), w.super_type);
-    const Isa::Floats step = w.scale_type == Scalar::steps ? Isa::load_bytes(static_cast<const uint8_t *>(w.scales) + at)
-                                                           : Isa::load_signed(static_cast<const int8_t *>(w.scales) + at);
-    return Isa::multiply_add(step, super, Isa::zero());
-}
+// The scales of `lanes` rows, group after group.
+struct Scales {
+    const BlockView &w;
+    int64_t row_block;
+    int part;
+    typename Isa::Floats super, offset_super;
 
-// The offsets of `lanes` rows' groups, whose scales are `scale`.
-inline Isa::Floats offsets(const BlockView &w, int64_t row_block, int part, int64_t g, Isa::Floats scale) {
-    const int64_t at = group_at(w, row_block, part, g);
-    switch (w.offset_type) {
-        case Offsets::zeros: {
-            const Isa::Floats zeros = Isa::load_bytes(static_cast<const uint8_t *>(w.offsets) + at);
-            return Isa::multiply_add(zeros, Isa::multiply_add(scale, Isa::splat(-1.0f), Isa::zero()), Isa::zero());
+    FEWBIT_INLINE Scales(const BlockView &view, int64_t row, int rows)
+        : w(view), row_block(row), part(rows), super(Isa::zero()), offset_super(Isa::zero()) {}
+
+    // Group `g`; called for each in turn, as supers are kept from where they begin.
+    FEWBIT_INLINE Isa::Floats scale(int64_t g) {
+        const int64_t at = place(w.groups, g);
+        if (w.scale_type <= Scalar::bf16) return Isa::load_scales(w.scales, at, w.scale_type);
+        if ((g & ((1 << w.super_shift) - 1)) == 0) {
+            const int64_t first = place(w.supers, g >> w.super_shift);
+            super = Isa::load_scales(w.scale_supers, first, w.super_type);
+            if (w.offset_supers) offset_super = negative(Isa::load_scales(w.offset_supers, first, Scalar::f16));
         }
-        case Offsets::steps: {
-            const Isa::Floats step = Isa::load_bytes(static_cast<const uint8_t *>(w.offsets) + at);
-            const Isa::Floats super = Isa::load_scales(w.offset_supers, super_at(w, row_block, part, g), Scalar::f16);
-            return Isa::multiply_add(step, Isa::multiply_add(super, Isa::splat(-1.0f), Isa::zero()), Isa::zero());
-        }
-        case Offsets::f16: return Isa::load_scales(w.offsets, at, Scalar::f16);
-        default: return Isa::load_scales(w.offsets, at, Scalar::f32);
+        const auto *steps = static_cast<const uint8_t *>(w.scales) + at;
+        return times(w.scale_type == Scalar::steps ? Isa::load_bytes(steps)
+                                                   : Isa::load_signed(reinterpret_cast<const int8_t *>(steps)),
+                     super);
     }
-}
+
+    // What group `g` adds, whose scale is given.
+    FEWBIT_INLINE Isa::Floats offset(int64_t g, Isa::Floats scale) const {
+        const int64_t at = place(w.groups, g);
+        if (w.offset_type == Offsets::f16) return Isa::load_scales(w.offsets, at, Scalar::f16);
+        if (w.offset_type == Offsets::f32) return Isa::load_scales(w.offsets, at, Scalar::f32);
+        const typename Isa::Floats bytes = Isa::load_bytes(static_cast<const uint8_t *>(w.offsets) + at);
+        return times(bytes, w.offset_type == Offsets::steps ? offset_super : negative(scale));
+    }
+
+  private:
+    FEWBIT_INLINE int64_t place(int64_t in_row, int64_t g) const {
+        return (row_block * in_row + g) * kRows + part * Isa::lanes;
+    }
+    static FEWBIT_INLINE Isa::Floats times(Isa::Floats a, Isa::Floats b) { return Isa::multiply_add(a, b, Isa::zero()); }
+    static FEWBIT_INLINE Isa::Floats negative(Isa::Floats a) { return times(a, Isa::splat(-1.0f)); }
+};
 
 // Pairs of quads [Pair, End) of a block times the activations behind `x`.
 template <class K, int T, int Pair, int End>
@@ -82,6 +92,7 @@ void product_halves(const BlockView &w, const TileView &x, int64_t row_block, in
     constexpr int kBytes = K::packed * kLine;
     using Floats = Isa::Floats;
     const typename Isa::Line table = Isa::load_table(w.table);
+    Scales scales(w, row_block, part);
     const uint8_t *codes = w.codes + row_block * w.column_blocks * kBytes;
     Floats y[T];
 #pragma GCC unroll 8
@@ -90,7 +101,10 @@ void product_halves(const BlockView &w, const TileView &x, int64_t row_block, in
         const int8_t *xq = x.codes + block * x.width * kColumns;
         const int32_t *start = x.start + block * 2 * x.width;
         for (int i = 0; i < K::packed; ++i) __builtin_prefetch(codes + kAhead + i * kLine, 0, 2);
-        const Floats first = scales(w, row_block, part, 2 * block), second = scales(w, row_block, part, 2 * block + 1);
+        const Floats first = scales.scale(2 * block);
+        // before the second half's super, which may be another
+        Floats offset = w.offsets ? scales.offset(2 * block, first) : first;
+        const Floats second = scales.scale(2 * block + 1);
         Floats a[T], b[T];
         half_sums<K, T, 0>(codes, part, table, xq, start, a);
         half_sums<K, T, 1>(codes, part, table, xq, start + x.width, b);
@@ -101,11 +115,12 @@ void product_halves(const BlockView &w, const TileView &x, int64_t row_block, in
         }
         codes += kBytes;
         if (!w.offsets) continue;
-        for (int64_t g = 2 * block; g < 2 * block + 2; ++g) {
-            const Floats offset = offsets(w, row_block, part, g, g % 2 ? second : first);
+        const float *sums = x.group_sums + 2 * block * x.width;
 #pragma GCC unroll 8
-            for (int t = 0; t < T; ++t) y[t] = Isa::multiply_add(offset, Isa::splat(x.group_sums[g * x.width + t]), y[t]);
-        }
+        for (int t = 0; t < T; ++t) y[t] = Isa::multiply_add(offset, Isa::splat(sums[t]), y[t]);
+        offset = scales.offset(2 * block + 1, second);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) y[t] = Isa::multiply_add(offset, Isa::splat(sums[x.width + t]), y[t]);
     }
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) Isa::store(out[t], y[t]);
@@ -117,6 +132,7 @@ void product_rows(const BlockView &w, const TileView &x, int64_t row_block, int 
     constexpr int kBytes = K::packed * kLine;
     using Floats = Isa::Floats;
     const typename Isa::Line table = Isa::load_table(w.table);
+    Scales scales(w, row_block, part);
     const uint8_t *codes = w.codes + row_block * w.column_blocks * kBytes;
     const int8_t *xq = x.codes;
     const float *xscale = x.scale;
@@ -145,11 +161,11 @@ void product_rows(const BlockView &w, const TileView &x, int64_t row_block, int 
             xscale += x.width;
             start += x.width;
         }
-        const Floats scale = scales(w, row_block, part, g);
+        const Floats scale = scales.scale(g);
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) y[t] = Isa::multiply_add(sum[t], scale, y[t]);
         if (w.offsets) {
-            const Floats offset = offsets(w, row_block, part, g, scale);
+            const Floats offset = scales.offset(g, scale);
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) y[t] = Isa::multiply_add(offset, Isa::splat(x.group_sums[g * x.width + t]), y[t]);
         }
