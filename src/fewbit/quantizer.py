@@ -33,7 +33,9 @@ WINDOW = 512
 
 @dataclass(frozen=True)
 class Summary:
-    """What a quantization wrote."""
+    """What a quantization wrote. `unseen`: linears of experts that no calibration token came to, rounded to nearest (of
+    the blocks that this run quantized).
+    """
 
     path: str
     format: str
@@ -44,6 +46,7 @@ class Summary:
     source_bytes: int
     float16_bytes: int
     bits_per_weight: float
+    unseen: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -193,7 +196,7 @@ def quantize(
     target = Target(source.dtype, asked.scales == "search", asked.effort, note or silent)
     try:
         with Writer(out, plan, source.dtype, facts, fingerprint, asked.restart) as writer, Log(log) as lines:
-            linears = {w.name for w in source.weights if w.role in ("linear", "head")}
+            linears = {w.name for w in source.weights if w.role in ("linear", "router", "head")}
             companions.write(writer, source, quantization_config(plan, linears))
             walk = Walk(source, writer, plan, modules, target, asked, progress or _quiet, lines, note or silent)
             walk.run(calibration.windows if calibration else None)
@@ -214,7 +217,7 @@ def quantize(
     store.remember(out, {"format": asked.format, "method": asked.resolved, "head": asked.head, "bits_per_weight": bits})
     return Summary(
         str(out), asked.format, asked.resolved, asked.head, seconds, found.weight_bytes, facts["source_bytes"],
-        found.float16_bytes, found.bits_per_weight,
+        found.float16_bytes, found.bits_per_weight, tuple(walk.unseen),
     )  # fmt: skip
 
 
