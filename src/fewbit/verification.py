@@ -77,6 +77,24 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Verification:
+    """All engines' results; `source_kl` is the export's mean KL divergence from its source on the same tokens."""
+
+    checks: list[Check]
+    tokens: int
+    source_kl: float | None = None
+
+    @property
+    def failed(self) -> list[Check]:
+        """Those that were there and do not agree."""
+        return [c for c in self.checks if c.install is None and not c.agrees]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"checks": [c.to_dict() for c in self.checks], "tokens": self.tokens, "source_kl": self.source_kl}
+
+
+@dataclass(frozen=True)
 class Reference:
     """fewbit's own runs: token sequences, where the answers start, and its log-probabilities for them.
 
@@ -94,8 +112,12 @@ def verify(
     layout: str,
     pythons: Sequence[str] = (),
     tell: Callable[[str], None] | None = None,
-) -> list[Check]:
-    """Every engine of a layout, on the export at `path`; `pythons` are interpreters that may have them."""
+    source: Path | None = None,
+) -> Verification:
+    """Every engine of a layout, on the export at `path`; `pythons` are interpreters that may have them.
+
+    `source` is what was exported: what that predicts along the same tokens is compared too.
+    """
     say = tell or (lambda text: None)
     say("running the export with fewbit")
     ours, tokenizer = reference(path)
@@ -117,7 +139,12 @@ def verify(
             found.append(_compared(engine, ours, engines.run(engine, python, job), expected))
         except FewbitError as e:
             found.append(Check(engine.name, error=e.facts))
-    return found
+    kl = None
+    if source is not None:
+        say("running the source with fewbit")
+        before = _along(load(source, exact=True, device="cpu", context=CONTEXT), ours.sequences, ours.starts)
+        kl = compare(before, ours.logprobs)[0]
+    return Verification(found, len(ours.logprobs), kl)
 
 
 def reference(path: Path) -> tuple[Reference, Tokenizer]:
@@ -126,15 +153,20 @@ def reference(path: Path) -> tuple[Reference, Tokenizer]:
     prompts = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
     answers = [_greedy(model, ids) for ids in prompts]
     sequences = [ids for ids, _ in answers]
-    exact = load(path, exact=True, device="cpu", context=CONTEXT)
-    rows = []
-    for ids, prompt in zip(sequences, prompts, strict=True):
-        cached = CachedSequence()
-        rows.append(exact.forward([(cached, ids[:-1])], wanted=list(range(len(prompt) - 1, len(ids) - 1))))
-        exact.allocator.truncate(cached, 0)
-    logprobs = torch.cat(rows).log_softmax(-1)
+    starts = [len(ids) for ids in prompts]
+    logprobs = _along(load(path, exact=True, device="cpu", context=CONTEXT), sequences, starts)
     rounded = torch.cat([found for _, found in answers])
-    return Reference(sequences, [len(ids) for ids in prompts], logprobs, rounded), model.tokenizer
+    return Reference(sequences, starts, logprobs, rounded), model.tokenizer
+
+
+def _along(model: LanguageModel, sequences: list[list[int]], starts: list[int]) -> Tensor:
+    """Log-probabilities [tokens, vocabulary] of what follows from each start on."""
+    rows = []
+    for ids, start in zip(sequences, starts, strict=True):
+        cached = CachedSequence()
+        rows.append(model.forward([(cached, ids[:-1])], wanted=list(range(start - 1, len(ids) - 1))))
+        model.allocator.truncate(cached, 0)
+    return torch.cat(rows).log_softmax(-1)
 
 
 def _greedy(model: LanguageModel, prompt: list[int]) -> tuple[list[int], Tensor]:
@@ -167,6 +199,4 @@ def _compared(engine: Engine, ours: Reference, answer: engines.Answer, expected:
     if answer.activation_bits == 8:
         # near ties turn with activations in 8 bits, whoever rounds them: fewbit's own kernels tell by how much
         gap_limit = max(GAP, ALLOWANCE * compare(ours.logprobs, ours.rounded)[1])
-    return Check(
-        engine.name, answer.version, answer.activation_bits, kl, gap, same, limit, gap_limit, differ
-    )
+    return Check(engine.name, answer.version, answer.activation_bits, kl, gap, same, limit, gap_limit, differ)

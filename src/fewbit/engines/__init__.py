@@ -76,7 +76,9 @@ def find(engine: Engine, pythons: Sequence[str]) -> str | None:
             )
         except (OSError, subprocess.TimeoutExpired) as e:
             raise FewbitError(
-                f"{python!r} can't be run.", f"{e}.", "Give --python the interpreter of an environment: VENV/bin/python."
+                f"{python!r} can't be run.",
+                f"{e}.",
+                "Give --python the interpreter of an environment: VENV/bin/python.",
             ) from e
         if done.returncode == 0:
             return python

@@ -172,9 +172,7 @@ def _halves(
     return _half(torch.where(good, new_d, d)), _half(torch.where(good, new_m, m))
 
 
-def _better(
-    g: Tensor, h: Tensor | None, top: int, error: Tensor, best: Params, found: Params
-) -> tuple[Tensor, Params]:
+def _better(g: Tensor, h: Tensor | None, top: int, error: Tensor, best: Params, found: Params) -> tuple[Tensor, Params]:
     """The better parameters of each block, by the error after rounding to their codes."""
     d, m, steps, minima = found["scale"], found["minimum"], found["steps"], found["minimum_steps"]
     codes = _codes(g, d, m, steps, minima, top)

@@ -26,6 +26,7 @@ from fewbit.formats._bitstream import pack_rows, unpack_rows, words
 from fewbit.formats._cores import GPU_SLICE_WEIGHTS, SLICE_WEIGHTS, on_all_cores
 from fewbit.qtensor import QTensor
 
+
 @dataclass(frozen=True)
 class IntegerFormat(Format):
     """`bits` from 2 to 8; `group` columns share a scale, None for the whole row."""
