@@ -130,8 +130,10 @@ class _Handler(BaseHTTPRequestHandler):
         if path[0] == "cdn":
             self.large(path[1])
         elif path[:2] == ["api", "models"] and len(path) == 2:
-            words = parse_qs(parts.query).get("search", [""])[0].lower()
-            self.json([{"id": n, "modelId": n} for n in self.hub.repos if words in n.lower()])
+            query = parse_qs(parts.query)
+            words, owner = (query.get(key, [""])[0].lower() for key in ("search", "author"))
+            found = [n for n in self.hub.repos if words in n.lower() and n.lower().startswith(owner)]
+            self.json([{"id": n, "modelId": n} for n in found])
         elif path[:2] == ["api", "models"]:
             self.about("/".join(path[2:4]), path[4:], parse_qs(parts.query))
         elif len(path) > 4 and path[2] == "resolve":

@@ -107,9 +107,10 @@ def _near(wanted: HubName) -> list[str]:
     from huggingface_hub.utils import build_hf_headers
 
     found: dict[str, None] = {}
-    for words in (wanted.repo.partition("/")[2], wanted.repo):
+    asked: tuple[dict[str, str], ...] = ({"search": wanted.repo.partition("/")[2]}, {"author": wanted.owner})
+    for query in asked:
         with suppress(Exception):
-            query: dict[str, Any] = {"search": words, "limit": 20, "sort": "downloads"}
+            query = query | {"limit": "100", "sort": "downloads"}
             answer = get_session().get(
                 f"{_endpoint()}/api/models", params=query, headers=build_hf_headers(), timeout=PATIENCE
             )
