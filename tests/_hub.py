@@ -11,8 +11,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+from huggingface_hub import close_session, constants
 
 # from this size on files lie in large-file storage, behind a redirect to another host
 LARGE = 2000
@@ -66,6 +70,8 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.faults = Faults()
+        # whether large files are said to come by chunks (xet) too, which is not spoken here
+        self.chunks = True
         self.asked: list[tuple[str, str, dict[str, str]]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self._server.daemon_threads = True
@@ -85,6 +91,24 @@ class Hub:
     def paths(self, method: str = "GET") -> list[str]:
         return [path for asked, path, _ in self.asked if asked == method]
 
+    def point(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+        """Let the library of this process talk to this hub and keep what comes in `cache`."""
+        monkeypatch.setattr(constants, "ENDPOINT", self.endpoint)
+        template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        for name, value in self.environment(cache).items():
+            monkeypatch.setenv(name, value)
+        # a client keeps the proxies it was made with
+        close_session()
+
+    def environment(self, cache: Path) -> dict[str, str]:
+        """What another process is told."""
+        here = "127.0.0.1,localhost"
+        found = {"HF_ENDPOINT": self.endpoint, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0"}
+        return found | {"NO_PROXY": here, "no_proxy": here}
+
     @contextmanager
     def running(self) -> Iterator[Hub]:
         thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
@@ -92,6 +116,7 @@ class Hub:
         try:
             yield self
         finally:
+            close_session()
             self._server.shutdown()
             thread.join()
             self._server.server_close()
@@ -216,10 +241,12 @@ class _Handler(BaseHTTPRequestHandler):
                 X_Linked_Etag=f'"{digest}"',
                 X_Linked_Size=str(len(content)),
                 X_Repo_Commit=commit,
-                # what is said of files that can come by chunks too
-                X_Xet_Hash=digest,
-                Link=f'<{self.hub.endpoint}/api/models/{name}/xet-read-token/{commit}>; rel="xet-auth"',
+                **(self.chunks(name, commit, digest) if self.hub.chunks else {}),
             )
+
+    def chunks(self, name: str, commit: str, digest: str) -> dict[str, str]:
+        route = f"{self.hub.endpoint}/api/models/{name}/xet-read-token/{commit}"
+        return {"X_Xet_Hash": digest, "Link": f'<{route}>; rel="xet-auth"'}
 
     def large(self, digest: str) -> None:
         faults, content = self.hub.faults, self.hub.blobs[digest]

@@ -220,7 +220,7 @@ def _example(wanted: HubName, models: dict[str, list[RemoteFile]]) -> str:
     quants = [quant_of(name) for name in models]
     names = [quant for quant in quants if quants.count(quant) == 1 and quant] or list(models)
     # what most people take, where it is there
-    best = next((n for n in names if n.upper() in ("Q4_K_M", "Q4_0", "Q8_0")), names[0])
+    best = next((n for liked in ("Q4_K_M", "Q4_0", "Q8_0") for n in names if n.upper() == liked), names[0])
     revision = str(HubName(wanted.repo, wanted.revision))
     return f"Name a format or a file behind a colon, such as {revision}:{best}."
 

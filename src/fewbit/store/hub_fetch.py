@@ -155,7 +155,8 @@ class Fetcher:
                     raise _Again("the hub can't go on in the middle of the file")
                 hf_raise_for_status(answer)
                 self._begin(file, got, answer)
-                for piece in answer.iter_raw(PIECE):
+                # as it comes: larger pieces would be collected, and lost by a cut
+                for piece in answer.iter_raw():
                     if self._stop.is_set():
                         raise Stopped
                     got.add(piece)
