@@ -34,7 +34,7 @@ class Repo:
     revisions: dict[str, dict[str, bytes]]
     refs: dict[str, str]
     # the token that opens it; None: everybody may have it
-    token: str | None = None
+    opened_by: str | None = None
     # whether others are told that it exists
     gated: bool = False
 
@@ -174,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
     def repo(self, name: str, *, content: bool) -> Repo | None:
         """The repository, where whoever asks may have it; else it is answered why not."""
         repo, given = self.hub.repos.get(name), self.headers.get("Authorization")
-        allowed = repo is not None and (repo.token is None or given == f"Bearer {repo.token}")
+        allowed = repo is not None and (repo.opened_by is None or given == f"Bearer {repo.opened_by}")
         if repo is not None and (allowed or (repo.gated and not content)):
             return repo
         if repo is not None and repo.gated:

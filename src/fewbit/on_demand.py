@@ -15,7 +15,7 @@ from pathlib import Path
 from fewbit import store
 from fewbit.checkpoint import open_checkpoint
 from fewbit.errors import FewbitError
-from fewbit.quantizer import Progress, quantize
+from fewbit.quantizer import quantize
 from fewbit.source import Source, describe_source
 
 # embedding and output head, as `quantize` stores them where nothing else is asked for
@@ -26,7 +26,7 @@ def in_few_bits(
     model: str | Path,
     format: str,  # noqa: A002
     *,
-    progress: Progress | None = None,
+    progress: store.Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Path:
     """The folder of `model` (hub id, folder, GGUF file) in `format`, made where it is not in the cache yet.

@@ -194,7 +194,10 @@ def quantize(
     facts, fingerprint = _facts(source, asked, calibration)
     target = Target(source.dtype, asked.scales == "search", asked.effort, note or silent)
     try:
-        with Writer(out, plan, source.dtype, facts, fingerprint, asked.restart, asked.supersede) as writer, Log(log) as lines:
+        with (
+            Writer(out, plan, source.dtype, facts, fingerprint, asked.restart, asked.supersede) as writer,
+            Log(log) as lines,
+        ):
             _companions(writer, source, plan)
             walk = Walk(source, writer, plan, modules, target, asked, progress or _quiet, lines, note or silent)
             walk.run(calibration.windows if calibration else None)

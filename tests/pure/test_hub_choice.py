@@ -21,7 +21,12 @@ INDEX = "model.safetensors.index.json"
         ("owner/name@v1.0", "owner/name", "v1.0", None),
         ("owner/name@refs/pr/3", "owner/name", "refs/pr/3", None),
         ("owner/name:Q4_K_M", "owner/name", "main", "Q4_K_M"),
-        ("owner/name-GGUF@abc1234:sub/x-00001-of-00002.gguf", "owner/name-GGUF", "abc1234", "sub/x-00001-of-00002.gguf"),
+        (
+            "owner/name-GGUF@abc1234:sub/x-00001-of-00002.gguf",
+            "owner/name-GGUF",
+            "abc1234",
+            "sub/x-00001-of-00002.gguf",
+        ),
         ("0wn.er_/N-a.me_1", "0wn.er_/N-a.me_1", "main", None),
     ],
 )
@@ -35,9 +40,9 @@ def test_a_name_is_taken_apart(text: str, repo: str, revision: str, part: str | 
 @pytest.mark.parametrize(
     "text",
     [
-        "", "name", "a/b/c", "./a", "../a/b", "/a/b", "a/", "/b", "a//b", "-a/b", "a b/c", "a/b c", "a/b@", "a/b:", "a/b@-x",
-        "a/b@../../x", "a/b--c", "a..b/c", "x.gguf/y", "a/model.safetensors", "a/b.gguf", "a/b\n", "a/b:x\ny", "a/b:\x1b[2J",
-        "ä/b", "a/" + "b" * 97, "https://huggingface.co/a/b",
+        "", "name", "a/b/c", "./a", "../a/b", "/a/b", "a/", "/b", "a//b", "-a/b", "a b/c", "a/b c", "a/b@", "a/b:",
+        "a/b@-x",         "a/b@../../x", "a/b--c", "a..b/c", "x.gguf/y", "a/model.safetensors", "a/b.gguf", "a/b\n",
+        "a/b:x\ny", "a/b:\x1b[2J",         "ä/b", "a/" + "b" * 97, "https://huggingface.co/a/b",
     ],
 )  # fmt: skip
 def test_what_is_no_name_of_the_hub(text: str) -> None:
@@ -195,7 +200,9 @@ def test_a_repository_without_a_model_says_what_it_lacks(files: dict[str, int], 
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["../x.gguf", "/x.gguf", "a/../x.gguf", "a//x.gguf", "./x.gguf", "a\\x.gguf", "C:x.gguf", "x\n.gguf"])
+@pytest.mark.parametrize(
+    "name", ["../x.gguf", "/x.gguf", "a/../x.gguf", "a//x.gguf", "./x.gguf", "a\\x.gguf", "C:x.gguf", "x\n.gguf"]
+)
 def test_names_that_lead_elsewhere_are_not_there(name: str) -> None:
     assert names(pick("o/n", {name: 5, "good.gguf": 5})) == ["good.gguf"]
     with pytest.raises(FewbitError):
@@ -210,10 +217,9 @@ def test_sizes_below_zero_are_not_there() -> None:
     ("name", "quant"),
     [
         ("m-Q4_K_M.gguf", "Q4_K_M"), ("m.q8_0.gguf", "q8_0"), ("x/m-UD-IQ2_XXS-00001-of-00009.gguf", "UD-IQ2_XXS"),
-        ("m_f16.gguf", "f16"), ("m-BF16.gguf", "BF16"), ("m.gguf", ""), ("Qwen3-8B.gguf", ""), ("m-MXFP4_MOE.gguf", "MXFP4_MOE"),
+        ("m_f16.gguf", "f16"), ("m-BF16.gguf", "BF16"), ("m.gguf", ""), ("Qwen3-8B.gguf", ""),
+        ("m-MXFP4_MOE.gguf", "MXFP4_MOE"),
     ],
 )  # fmt: skip
 def test_a_files_name_says_its_format(name: str, quant: str) -> None:
     assert quant_of(name) == quant
-
-

@@ -101,8 +101,9 @@ class Writer:
     """Writes a folder beside `out` and renames it into place when it is whole.
 
     `fingerprint` says which run the output belongs to: an unfinished folder of the same run is gone on with, one of
-    another run is refused with what differs (`supersede` throws that away, `restart` any). Used as a context manager: leaving it by an
-    error, Ctrl-C included, keeps the units that were committed, and removes everything where there are none.
+    another run is refused with what differs (`supersede` throws that away, `restart` any). Used as a context manager:
+    leaving it by an error, Ctrl-C included, keeps the units that were committed, and removes everything where there
+    are none.
     """
 
     def __init__(

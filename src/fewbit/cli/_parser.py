@@ -9,7 +9,6 @@ from fewbit.cli._failures import UsageError
 from fewbit.errors import FewbitError
 from fewbit.lookup import nearest
 
-
 # what MODEL may be, for the verbs that take one
 MODEL_HELP = "alias, hub id (owner/name[@revision][:file or format]), folder or .gguf file"
 BITS_HELP = "2 to 8; 8 means int8, others intNg64"

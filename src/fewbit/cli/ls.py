@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     print_table(columns, rows)
     note(f"{store.size_text(total)} on the disk in all; files that several models share count once.")
     if prepared:
-        note(f"Prepared layouts take {megabytes(prepared_bytes)}; fewbit rm --prepared removes them, they are made again.")
+        note(f"Prepared layouts take {megabytes(prepared_bytes)}; fewbit rm --prepared removes what is made again.")
     return 0
 
 

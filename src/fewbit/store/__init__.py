@@ -113,7 +113,7 @@ def _here(name: str) -> Path | None:
     return next((w.path for w in reversed([*kept(), *remembered()]) if w.name == name), None)
 
 
-def _to_stderr(done: int, total: int, text: str) -> None:
+def _to_stderr(done: int, _total: int, text: str) -> None:
     # what is fetched; a line for each step of it would be too many
     if done == 0:
         print(text, file=sys.stderr, flush=True)

@@ -120,14 +120,15 @@ class _Repository:
         """A small file's content, fetched where it is not here."""
         if (self.snapshot / file.name).exists():
             return (self.snapshot / file.name).read_bytes()
-        if not self.has(file):
+        if not self.has(file) and hub_fetch.fetchable(file):
             self._bring([file], lambda *_: None)
         self._link_one(file)
         return (self.snapshot / file.name).read_bytes()
 
     def fetch(self, lacking: Sequence[RemoteFile], choice: Choice) -> None:
         """What is not here, after a look at the disk."""
-        kept = sum(hub_fetch.kept_bytes(self.blobs, f) for f in lacking)
+        plain = [f for f in lacking if hub_fetch.fetchable(f)]
+        kept = sum(hub_fetch.kept_bytes(self.blobs, f) for f in plain)
         total = sum(f.size for f in lacking)
         _check_room(self.wanted, total - kept)
         here = f", {size_text(kept)} of it here already" if kept else ""
@@ -138,7 +139,7 @@ class _Repository:
             f"{size_text(total)}{here}",
         )
         try:
-            self._bring(lacking, self.progress)
+            self._bring(plain, self.progress)
         except BaseException as error:
             left = sum(f.size if self.has(f) else hub_fetch.kept_bytes(self.blobs, f) for f in lacking)
             if left:
@@ -146,13 +147,13 @@ class _Repository:
             raise
 
     def _bring(self, files: Sequence[RemoteFile], progress: Progress) -> None:
+        if not files:
+            return
         from huggingface_hub import constants, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers
 
         url = partial(hf_hub_url, self.wanted.repo, revision=self.commit)
-        headers = build_hf_headers(library_name="fewbit")
-        fetcher = hub_fetch.Fetcher(self.blobs, url, headers, constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        fetcher.run([f for f in files if hub_fetch.fetchable(f)], progress)
+        fetcher = hub_fetch.Fetcher(self.blobs, url, hub_fetch.request_headers(), constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        fetcher.run(files, progress)
 
     def link(self, files: Sequence[RemoteFile]) -> None:
         """Give the files their names; the last of them, config.json, says that the rest is there."""

@@ -130,7 +130,7 @@ def describe(path: Path) -> dict[str, Any]:
 def title(path: Path) -> str | None:
     """owner/name@commit[:file] of a path inside the cache, owner/name of its blobs; None for any other path."""
     with suppress(ValueError):
-        parts = Path(os.path.abspath(path)).relative_to(os.path.abspath(hub_dir())).parts
+        parts = path.absolute().relative_to(hub_dir().absolute()).parts
         if len(parts) >= 3 and (match := _FOLDER.fullmatch(parts[0])):
             part = "/".join(parts[3:])
             if parts[1] != "snapshots":
@@ -168,5 +168,3 @@ def remember_ref(wanted: HubName, commit: str) -> None:
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     beside.write_text(commit, encoding="ascii")
     beside.replace(file)
-
-

@@ -169,9 +169,7 @@ def _whole(wanted: HubName, parts: list[RemoteFile]) -> Choice:
     return Choice(tuple(parts), parts[0].name)
 
 
-def _picked(
-    wanted: HubName, part: str, files: dict[str, RemoteFile], models: dict[str, list[RemoteFile]]
-) -> Choice:
+def _picked(wanted: HubName, part: str, files: dict[str, RemoteFile], models: dict[str, list[RemoteFile]]) -> Choice:
     """The GGUF model that a file's name, or the name of its format, stands for."""
     for parts in models.values():
         if part in [f.name for f in parts]:
@@ -240,8 +238,8 @@ def _none(wanted: HubName, files: Sequence[RemoteFile] | Iterable[RemoteFile]) -
         first = max(pickles, key=lambda f: f.size)
         return FewbitError(
             f"{wanted} has no safetensors or GGUF files.",
-            f"Its weights are pickles ({first.name}, {size_text(first.size)}), which can run code when they are opened; "
-            "fewbit never reads them.",
+            f"Its weights are pickles ({first.name}, {size_text(first.size)}), which can run code when opened: "
+            "fewbit reads none.",
             f"Look among its pull requests for a safetensors version and add @refs/pr/N to the name, or take another "
             f"repository of the model: {wanted.repo}.",
         )

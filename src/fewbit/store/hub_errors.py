@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import errno
+import shutil
 from contextlib import suppress
 from typing import Any
 
 from fewbit.errors import FewbitError
-from fewbit.store.hub_fetch import transport_errors
+from fewbit.store.hub_cache import hub_dir, repo_dir, unfinished
+from fewbit.store.hub_fetch import request_headers, transport_errors
 from fewbit.store.hub_names import HubName
+from fewbit.store.places import size_text
 
 # seconds that suggestions may take
 PATIENCE = 5.0
@@ -38,9 +41,14 @@ def explain(error: Exception, wanted: HubName) -> FewbitError | None:
         return _answered(wanted, error)
     if isinstance(error, (*transport_errors(), errors.FileMetadataError)):
         return _unreachable(wanted, error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(hub_dir()).free
+        return FewbitError(
+            "The disk is full.",
+            f"{size_text(free)} are free at {hub_dir()}, where {wanted} is to lie.",
+            "Free some space (fewbit ls, fewbit rm), or set HF_HOME to a folder on a larger disk.",
+        )
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        from fewbit.store.hub_cache import hub_dir
-
         return FewbitError(
             f"{wanted} can't be stored.",
             f"{error.filename or hub_dir()}: {error.strerror}.",
@@ -51,8 +59,6 @@ def explain(error: Exception, wanted: HubName) -> FewbitError | None:
 
 def offline(wanted: HubName) -> FewbitError:
     """Nothing may be fetched, and it is not here."""
-    from fewbit.store.hub_cache import hub_dir, repo_dir, unfinished
-
     folder = repo_dir(wanted.repo)
     here = "not all of it lies" if folder.is_dir() or unfinished(folder) else "it does not lie"
     return FewbitError(
@@ -78,7 +84,9 @@ def _gated(wanted: HubName, error: Any) -> FewbitError:
     said = " ".join((error.server_message or "The hub gives it to those alone who asked for access").split())
     if get_token():
         facts = f"{said.rstrip('.')}; a token is given, and its account has no access."
-        step = f"Visit {_page(wanted)} with that account, accept the conditions, wait until it is granted, and try again."
+        step = (
+            f"Visit {_page(wanted)} with that account, accept the conditions, wait until it is granted, and try again."
+        )
     else:
         facts = f"{said.rstrip('.')}; no token is given."
         step = (
@@ -104,7 +112,6 @@ def _not_found(wanted: HubName) -> FewbitError:
 def _near(wanted: HubName) -> list[str]:
     """Names the hub finds for what was asked, the nearest first; nothing where it can't search."""
     from huggingface_hub import get_session
-    from huggingface_hub.utils import build_hf_headers
 
     found: dict[str, None] = {}
     asked: tuple[dict[str, str], ...] = ({"search": wanted.repo.partition("/")[2]}, {"author": wanted.owner})
@@ -112,7 +119,7 @@ def _near(wanted: HubName) -> list[str]:
         with suppress(Exception):
             query = query | {"limit": "100", "sort": "downloads"}
             answer = get_session().get(
-                f"{_endpoint()}/api/models", params=query, headers=build_hf_headers(), timeout=PATIENCE
+                f"{_endpoint()}/api/models", params=query, headers=request_headers(), timeout=PATIENCE
             )
             found |= {str(m["id"])[:200]: None for m in answer.json() if "/" in m["id"]}
     return difflib.get_close_matches(wanted.repo, list(found), 3, 0.5) or list(found)[:3]

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fewbit import __version__
 from fewbit.errors import FewbitError
 from fewbit.store.hub_cache import UNFINISHED
 from fewbit.store.hub_choice import RemoteFile
@@ -28,6 +29,10 @@ WORKERS = 4
 # seconds before each new attempt; one that brought something begins the list anew
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
 PIECE = 1 << 20
+# what the hub gives over plain HTTP; larger files come by chunks, through the library
+MAX_BYTES = 50_000_000_000
+# seconds that files under way are given to end
+FAREWELL = 1.0
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 _LATER = (408, 429, 500, 502, 503, 504)
@@ -54,8 +59,8 @@ def partial(blobs: Path, file: RemoteFile) -> Path:
 
 
 def fetchable(file: RemoteFile) -> bool:
-    """Whether it has a hash to be known by; the library fetches what has none."""
-    return bool(_HASH.fullmatch(file.digest))
+    """Whether it has a hash to be known by and is not too large; the library fetches what is not so."""
+    return bool(_HASH.fullmatch(file.digest)) and file.size <= MAX_BYTES
 
 
 class Fetcher:
@@ -100,8 +105,9 @@ class Fetcher:
             self._watch(threads, total, progress)
         finally:
             self._stop.set()
+            until = time.monotonic() + FAREWELL
             for thread in threads:
-                thread.join(2.0)
+                thread.join(max(0.0, until - time.monotonic()))
         for error in errors:
             if not isinstance(error, Stopped):
                 raise error
@@ -138,8 +144,7 @@ class Fetcher:
 
     def _stream(self, file: RemoteFile, got: _Received) -> None:
         """What is lacking of a file, from one answer; _Again where it ends early."""
-        from huggingface_hub import get_session
-        from huggingface_hub.utils import hf_raise_for_status
+        from huggingface_hub import get_session, hf_raise_for_status
 
         headers = dict(self.headers)
         if got.size:
@@ -186,13 +191,22 @@ class Fetcher:
             self._come += count
 
 
+def request_headers() -> dict[str, str]:
+    """What goes with a request to the hub: the token, where one is given, and who asks."""
+    # documented there, though the module does not mark it as its own
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    headers: dict[str, str] = build_hf_headers(library_name="fewbit", library_version=__version__)
+    return headers
+
+
 def transport_errors() -> tuple[type[Exception], ...]:
     """What is raised where no answer comes: of the HTTP library that the hub's library uses, by version."""
     from huggingface_hub.errors import HfHubHTTPError
 
     # its own errors are answers, and an OSError besides
-    first = HfHubHTTPError.__bases__[0]
-    return tuple(c for c in first.__subclasses__() if c.__name__ == "RequestError")
+    first: type[Exception] = HfHubHTTPError.__bases__[0]
+    return tuple(found for found in first.__subclasses__() if found.__name__ == "RequestError")
 
 
 class _Partial:
@@ -206,7 +220,8 @@ class _Partial:
         while not self._blob.exists():
             if self._stop.is_set():
                 raise Stopped
-            opened = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", 0)
+            self.path.touch()
+            opened = self.path.open("r+b", buffering=0)
             if _held(opened) and self._is_still(opened):
                 self.file = opened
                 return self
@@ -222,6 +237,9 @@ class _Partial:
 
     def __exit__(self, *ended: object) -> None:
         if self.file is not None:
+            if not os.fstat(self.file.fileno()).st_size:
+                # nothing came; under its own name it has gone already
+                self.path.unlink(missing_ok=True)
             self.file.close()
 
 

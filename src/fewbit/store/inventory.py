@@ -91,7 +91,9 @@ def _hub() -> list[Entry]:
         for snapshot in hub_cache.snapshots(repo, folder):
             found += _snapshot(snapshot)
         if parts := hub_cache.unfinished(folder):
-            found.append(Entry(repo, folder / "blobs", "unfinished", _sizes(parts), "fewbit pull goes on with it", None))
+            found.append(
+                Entry(repo, folder / "blobs", "unfinished", _sizes(parts), "fewbit pull goes on with it", None)
+            )
     return found
 
 
@@ -102,7 +104,9 @@ def _snapshot(snapshot: Snapshot) -> list[Entry]:
     found = []
     for name in models:
         files = [snapshot.path / part for part in gguf_parts(name, names)]
-        found.append(Entry(f"{snapshot.name}:{name}", files[0], "hub", _sizes(files), quant_of(name) or "GGUF", _used(files)))
+        found.append(
+            Entry(f"{snapshot.name}:{name}", files[0], "hub", _sizes(files), quant_of(name) or "GGUF", _used(files))
+        )
     rest = [snapshot.path / n for n in names if not n.endswith(".gguf")]
     if not models or any(f.suffix == ".safetensors" for f in rest):
         found.insert(0, Entry(snapshot.name, snapshot.path, "hub", _sizes(rest), _kind(snapshot.path), _used(rest)))

@@ -80,7 +80,7 @@ def plan(name: str) -> Removal:
         if entry.kind in ("quantized", "unfinished") and entry.name == name and entry.path.name != "blobs":
             return _ours(name, entry.path)
     path = Path(name).expanduser()
-    if os.path.lexists(path):
+    if name and os.path.lexists(path):
         return _path(path)
     wanted = parse(name)
     if wanted is not None and hub_cache.repo_dir(wanted.repo).is_dir():
@@ -137,7 +137,7 @@ def _check_idle(folder: Path) -> None:
     try:
         import fcntl
 
-        with (folder / "lock").open("a") as lock:
+        with (folder / "lock").open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
         return
@@ -168,7 +168,7 @@ def _path(path: Path) -> Removal:
     if path.is_symlink() or not path.is_dir() or not (known or written.notes(path)):
         raise FewbitError(
             f"{str(path)!r} was not written by fewbit.",
-            "It is a link." if path.is_symlink() else "It is neither on the list of fewbit ls nor notes fewbit in its weights.",
+            "It is a link." if path.is_symlink() else "fewbit ls does not list it, and no note of fewbit's is in it.",
             f"Remove it yourself if you mean it: rm -r {quoted}",
         )
     foreign = sorted(f.name for f in path.iterdir() if f.name not in _OURS and not _is_weights(f))
