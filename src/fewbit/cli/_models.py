@@ -6,9 +6,10 @@ from fewbit.cli._terminal import progress
 
 
 def fetch(*models: str) -> None:
-    """What has to be fetched, with a bar; what is here already costs nothing."""
+    """What has to come from the hub, with a bar; what is here already, and any other name, costs nothing."""
     from fewbit import store
 
     with progress() as report:
         for model in models:
-            store.locate(model, report)
+            if store.hub_name(model) is not None:
+                store.locate(model, report)
