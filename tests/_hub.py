@@ -58,6 +58,7 @@ class Faults:
     ignores_ranges: bool = False
     longer: bytes = b""
     announces: int | None = None
+    tells_no_length: bool = False
     flips_a_byte: bool = False
     # seconds before each piece of 1,000 bytes
     pace: float = 0.0
@@ -268,7 +269,12 @@ class _Handler(BaseHTTPRequestHandler):
         body = content[start:]
         length = len(body) if faults.announces is None else faults.announces
         self.send_response(206 if "Content_Range" in headers else 200)
-        for name, value in (headers | {"Content_Length": str(length)}).items():
+        if faults.tells_no_length:
+            self.close_connection = True
+            headers["Connection"] = "close"
+        else:
+            headers["Content_Length"] = str(length)
+        for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command == "GET":

@@ -127,20 +127,29 @@ class Fetcher:
             if opened.file is None:
                 return
             got = _Received(opened.file, file)
-            failed = 0
-            while got.size < file.size:
-                before = got.size
-                try:
-                    self._stream(file, got)
-                except _Again as error:
-                    failed = 1 if got.size > before else failed + 1
-                    if failed > len(PAUSES):
-                        raise _given_up(file, got.size, error) from error
-                    if self._stop.wait(PAUSES[failed - 1]):
-                        raise Stopped from error
+            was_here = got.size
+            self._complete(file, got)
+            if was_here and not got.is_right():
+                # what was here may be no part of it
+                got.restart()
+                self._complete(file, got)
             got.check()
             os.fsync(opened.file.fileno())
             opened.path.replace(blob)
+
+    def _complete(self, file: RemoteFile, got: _Received) -> None:
+        """All that is lacking of a file."""
+        failed = 0
+        while got.size < file.size:
+            before = got.size
+            try:
+                self._stream(file, got)
+            except _Again as error:
+                failed = 1 if got.size > before else failed + 1
+                if failed > len(PAUSES):
+                    raise _given_up(file, got.size, error) from error
+                if self._stop.wait(PAUSES[failed - 1]):
+                    raise Stopped from error
 
     def _stream(self, file: RemoteFile, got: _Received) -> None:
         """What is lacking of a file, from one answer; _Again where it ends early."""
@@ -291,9 +300,13 @@ class _Received:
         self._opened.truncate()
         self.size, self._hash = 0, self._new()
 
+    def is_right(self) -> bool:
+        """Whether it is what was announced."""
+        return bool(self._hash.hexdigest() == self._file.digest)
+
     def check(self) -> None:
         """FewbitError where it is not what was announced; then nothing of it is kept."""
-        if self._hash.hexdigest() != self._file.digest:
+        if not self.is_right():
             found = self._hash.hexdigest()
             self.restart()
             raise _not_announced(self._file, f"its hash is {found[:16]}…, {self._file.digest[:16]}… was announced")
