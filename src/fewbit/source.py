@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -160,8 +159,11 @@ def _one_of(q: QTensor) -> QTensor:
     return QTensor(q.spec, q.shape[1:], {name: part[0] for name, part in q.parts.items()})
 
 
-def open_source(model: str | Path, progress: Callable[[str], None] | None = None) -> Source:
-    """Open an alias, a folder or a GGUF file; FewbitError where there is none, or it is broken or unknown."""
+def open_source(model: str | Path, progress: store.Progress | None = None) -> Source:
+    """Open an alias, a model of the hub, a folder or a GGUF file; what is not here is fetched, as `progress` is told.
+
+    FewbitError where there is none, or it is broken or unknown.
+    """
     path = store.locate(str(model), progress)
     return Source(open_checkpoint(path), str(model))
 
@@ -199,7 +201,7 @@ class Description:
         return asdict(self)
 
 
-def describe(model: str | Path, progress: Callable[[str], None] | None = None) -> Description:
+def describe(model: str | Path, progress: store.Progress | None = None) -> Description:
     """Tensors, formats and sizes of a model; only headers are read."""
     return describe_source(open_source(model, progress))
 

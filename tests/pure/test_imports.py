@@ -58,6 +58,7 @@ MAY_IMPORT["runtime"] |= {"prepared", "random_models"}
 MAY_IMPORT["self_calibration"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
 MAY_IMPORT["quantizer"] = MAY_IMPORT["walk"] | {"walk", "models", "tokenizer", "store", "calibration"}
 MAY_IMPORT["quantizer"] |= {"self_calibration", "companions"}
+MAY_IMPORT["on_demand"] = {"errors", "checkpoint", "source", "store", "quantizer"}
 MAY_IMPORT["engines"] = {"errors"}
 MAY_IMPORT["verification"] = MAY_IMPORT["runtime"] | {"runtime", "engines"}
 MAY_IMPORT["exports"] = MAY_IMPORT["walk"] | {
@@ -77,7 +78,9 @@ MAY_IMPORT["report"] = {"errors", "qtensor", "formats", "models", "source", "eva
 TOP = {"__init__", "cli"}
 # the compiled kernels are read through the kernels package
 NATIVE = "_cpu"
-OTHERS = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "regex", "rich", "altair", "vl_convert", "cuda"}
+OTHERS = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "regex", "altair", "vl_convert", "cuda"}
+# what one part alone may use
+ALONE = {"rich": "cli", "huggingface_hub": "store"}
 
 
 def part(path: Path) -> str:
@@ -135,11 +138,15 @@ def test_only_declared_packages_are_imported() -> None:
     for file in FILES:
         for line, name in imported(file):
             package = name.split(".")[0]
-            known = package in OTHERS or package in sys.stdlib_module_names or package in ("fewbit", "__future__")
+            known = (
+                package in OTHERS | set(ALONE)
+                or package in sys.stdlib_module_names
+                or package in ("fewbit", "__future__")
+            )
             # programs of their own, run by an interpreter that has the engine
             known |= file.parent.name == "engines" and file.stem == f"_run_{package}"
             assert known, f"{file}:{line} imports {name}"
-            assert package != "rich" or part(file) == "cli", f"{file}:{line}: only the command line draws"
+            assert part(file) == ALONE.get(package, part(file)), f"{file}:{line} imports {name}"
 
 
 def test_no_module_shares_a_name_with_a_function_of_its_package() -> None:
@@ -161,6 +168,8 @@ def test_no_module_shares_a_name_with_a_function_of_its_package() -> None:
         "from fewbit.cli import main; main(['--help'])",
         "from fewbit.cli import main; main(['--version'])",
         "from fewbit.cli import main; main(['ls'])",
+        "from fewbit.cli import main; main(['pull'])",
+        "from fewbit.cli import main; main(['rm'])",
         "from fewbit.cli import main; main(['no-such-command'])",
         "from fewbit.cli import main; main(['run', '--no-such-option'])",
     ],
@@ -172,7 +181,7 @@ def test_nothing_heavy_is_loaded_early(code: str, tmp_path: Path) -> None:
     loaded = set(json.loads(done.stdout.splitlines()[-1]))
     heavy = {"torch", "numpy", "transformers", "tokenizers", "safetensors", "jinja2"}
     if "'ls'" not in code:
-        # a table is drawn by rich
-        heavy.add("rich")
+        # a table is drawn by rich; the hub's library says where its cache is
+        heavy |= {"rich", "huggingface_hub"}
     assert not loaded & heavy
     assert "fewbit" in loaded

@@ -125,8 +125,9 @@ class Writer:
     """Writes a folder beside `out` and renames it into place when it is whole.
 
     `fingerprint` says which run the output belongs to: an unfinished folder of the same run is gone on with, one of
-    another run is refused with what differs (`restart` throws it away). Used as a context manager: leaving it by an
-    error, Ctrl-C included, keeps the units that were committed, and removes everything where there are none.
+    another run is refused with what differs (`supersede` throws that away, `restart` any). Used as a context manager:
+    leaving it by an error, Ctrl-C included, keeps the units that were committed, and removes everything where there
+    are none.
     """
 
     def __init__(
@@ -137,11 +138,12 @@ class Writer:
         facts: dict[str, Any],
         fingerprint: dict[str, Any] | None = None,
         restart: bool = False,
+        supersede: bool = False,
     ) -> None:
         self.out, self.tensors, self.scale_dtype = out.absolute(), tensors, scale_dtype
         specs = {t.name: t.spec for t in tensors if isinstance(t.format, IntegerFormat)}
         self.facts = facts | {"specs": specs}
-        self.fingerprint, self.restart = fingerprint or {}, restart
+        self.fingerprint, self.restart, self.supersede = fingerprint or {}, restart, supersede
         self.journal: Journal | None = None
         self.home: dict[str, ShardWriter] = {}
         self.stack = ExitStack()
@@ -211,6 +213,9 @@ class Writer:
             found.discard()
             return None
         if changed := journal.differences(found.fingerprint, self.fingerprint):
+            if self.supersede:
+                found.discard()
+                return None
             found.close()
             raise FewbitError(
                 f"An unfinished output of another run lies at {str(place)!r}.",

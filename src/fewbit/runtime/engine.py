@@ -407,7 +407,7 @@ def load(
     cache: str | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel:
-    """Load an alias, a folder or a GGUF file.
+    """Load an alias, a model of the hub, a folder or a GGUF file.
 
     exact    float32 activations and the reference kernels: the definition, slower
     context  most tokens of a conversation (default: the model's own limit, at most 8192)
@@ -421,7 +421,7 @@ def load(
     cache_dtype(exact, cache)
     if threads is not None:
         set_threads(threads)
-    source = open_source(model, (lambda text: progress(0, 1, text)) if progress else None)
+    source = open_source(model, progress)
     placement = placed(source, device, exact, context, cache)
     try:
         return LanguageModel(source, exact, context, progress, cache, placement)
