@@ -119,7 +119,7 @@ def test_dead_columns_are_rounded_to_nearest_and_correct_nobody() -> None:
     other[:, dead] *= 0.5
     planned = fmt.fit(w, importance(h))
     order = h.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(h[order][:, order], unheard)
+    factor = inverse_factor(h, unheard, order)
     codes = [gptq.rounded(x, fmt, planned, order, factor) for x in (w, other)]
     assert torch.equal(codes[0][:, alive], codes[1][:, alive])
     assert not torch.equal(codes[0], codes[1])
