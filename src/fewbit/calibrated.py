@@ -65,22 +65,26 @@ class Solved:
 
 
 def batches(hidden: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """Hidden states [n, length, d] a few windows at a time, on the device."""
+    """Hidden states [n, length, d] a few windows at a time, on the device; out of pinned memory nobody waits for them."""
     step = max(1, BATCH_TOKENS // hidden.shape[1])
     for start in range(0, len(hidden), step):
         part = slice(start, start + step)
-        yield part, hidden[part].to(device, torch.float32)
+        yield part, hidden[part].to(device, torch.float32, non_blocking=True)
 
 
 @torch.no_grad()
 def propagate(block: FloatBlock, hidden: Tensor) -> None:
     """Run the block over the hidden states, in place. FewbitError where it gives NaN or infinity."""
+    sums: list[tuple[slice, Tensor]] = []
     for part, x in batches(hidden, block.device):
         y = block(x)
+        hidden[part].copy_(y, non_blocking=True)
+        sums.append((part, y.sum()))
+    # at the end: each look waits for the card, and this one for the last copy too
+    for part, total in sums:
         # a sum is not finite where a value is not; it may overflow where none is
-        if not bool(y.sum().isfinite()) and not bool(y.isfinite().all()):
-            raise _not_finite(block.index, y, part.start)
-        hidden[part] = y.to(hidden)
+        if not bool(total.isfinite()) and not bool(hidden[part].isfinite().all()):
+            raise _not_finite(block.index, hidden[part], part.start)
 
 
 class _SeenAll(Exception):  # noqa: N818
@@ -119,7 +123,7 @@ def collect(block: FloatBlock, hidden: Tensor, reference: Tensor | None, weights
             run(x)
             ours = list(seen)
             if reference is not None:
-                run(reference[part].to(block.device, torch.float32))
+                run(reference[part].to(block.device, torch.float32, non_blocking=True))
             for i, (stats, x_in, y_in) in enumerate(zip(sums, ours, seen, strict=True)):
                 weigh = roots[i].repeat(len(x))[:, None]
                 weighted = (x_in * weigh).to(products[i])
@@ -192,23 +196,32 @@ class BlockSolver:
     ) -> Solved:
         """Every tensor of the block in its format; `block` holds the quantized weights afterwards."""
         self._prepare(block, stats)
-        originals = [linear.weight.clone() for linear in block.linears]
         done = Solved({})
+        originals: list[Tensor] = []
         solved: list[list[tuple[Format, QTensor]]] = []
         seconds = []
         tunes = goals is not None and hasattr(self.modules[-1], "tune")
         for i, (linear, found) in enumerate(zip(block.linears, stats, strict=True)):
             report(linear.names[-1], i, (TUNING if tunes else 1) * len(block.linears))
             start = time.perf_counter()
-            solved.append(self._quantized(linear, found))
-            linear.weight = torch.cat([fmt.dequantize(q) for fmt, q in solved[-1]])
+            original, parts = linear.weight, self._quantized(linear, found)
+            linear.weight = torch.cat([fmt.dequantize(q) for fmt, q in parts])
             seconds.append(time.perf_counter() - start)
-        if goals is not None and hasattr(self.modules[-1], "tune"):
+            if tunes:
+                originals.append(original)
+                solved.append(parts)
+            else:
+                self._record(done, block, linear, original, parts, found["hessian"], seconds[-1])
+                # those of a wide linear take more than the block, and nobody asks for them any more
+                found.clear()
+        if goals is not None and tunes:
             start = time.perf_counter()
             solved = self._tuned(block, originals, solved, hidden, goals, report)
             seconds = [s + (time.perf_counter() - start) / len(seconds) for s in seconds]
-        for linear, original, parts, found, took in zip(block.linears, originals, solved, stats, seconds, strict=True):
-            self._record(done, block, linear, original, parts, found["hessian"], took)
+            for linear, original, parts, found, took in zip(
+                block.linears, originals, solved, stats, seconds, strict=True
+            ):
+                self._record(done, block, linear, original, parts, found["hessian"], took)
         for name, vector in block.vectors.items():
             fmt = parse(self.spec(name))
             done.tensors[name] = fmt.pack(fmt.round(vector.cpu(), {}), {})

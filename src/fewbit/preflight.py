@@ -15,15 +15,18 @@ from fewbit.blocks import FloatBlock, fast_product
 from fewbit.calibrated import BATCH_TOKENS, collect, propagate
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
+from fewbit.memory import card_free
 from fewbit.methods import Target
 from fewbit.sensitivity import LOGITS, PROBES
 from fewbit.source import FLOATS, Source
 
 GIB = 2**30
-# copies of the largest Hessian that a second-order method holds at once: ordered, damped, factored, inverted
-HESSIAN_COPIES = 7
-# float32 copies of a block's weights: the block, its originals, what is being solved
-BLOCK_COPIES = 3
+# copies of a Hessian beside itself while its linears are solved: two ordered, damped, factored or inverted, and strips
+HESSIAN_COPIES = 2.25
+# float32 copies of stacked matrices that are being solved: in order, their scales, what is fitted, what comes of it
+SOLVED_COPIES = 6
+# of a block's weights where gradients pass through it: themselves, and in the type they are multiplied in
+BACKWARD_COPIES = 2
 # when tuning: levels, gradients, two moments, weights and what autograd keeps of them
 TUNED_COPIES, TUNED_WIDE_COPIES = 14, 12
 # activations of one batch that are alive at once, in units of the widest layer's
@@ -52,25 +55,44 @@ def _duration(seconds: float) -> str:
 
 
 def needed(
-    source: Source, hidden: Tensor, with_goals: bool, offload: bool, tuned: int = 0, weighted: bool = False
+    source: Source,
+    shape: tuple[int, int, int],
+    with_goals: bool,
+    with_drift: bool = False,
+    tuned: int = 0,
+    weighted: bool = False,
 ) -> tuple[int, int]:
-    """(bytes of one block's work, bytes of the hidden states kept in memory); `tuned`: windows of a tuning step."""
-    shapes = [w.shape for w in source.weights if w.role == "linear" and w.block == 0]
-    weights = sum(out * columns for out, columns in shapes)
-    widest = max(max(shape) for shape in shapes)
-    # three of the narrow width (attention's and the gate's input, the heads' outputs) and one of each other
-    widths = {columns for _, columns in shapes}
-    hessians = sum(c**2 for c in widths) + 2 * min(widths) ** 2 + HESSIAN_COPIES * max(widths) ** 2
-    tokens = max(BATCH_TOKENS, hidden.shape[1])
-    work = BLOCK_COPIES * weights + hessians + WIDE_COPIES * tokens * widest
+    """(bytes of one block's work, bytes of hidden states [n, length, d]); `tuned`: windows of a tuning step."""
+    groups = _groups(source)
+    sizes = [sum(out * columns for out, columns in group) for group in groups]
+    weights, widths = sum(sizes), [group[0][1] for group in groups]
+    widest = max(max(shape) for group in groups for shape in group)
+    tokens = max(BATCH_TOKENS, shape[1])
+    # a drift's correlation is another matrix of the Hessian's size, and being corrected takes two more
+    hessians = sum(width**2 for width in widths) * (2 if with_drift else 1)
+    copies = HESSIAN_COPIES + (1 if with_drift else 0)
+    # the narrow ones are gone when the widest is solved, which comes last; this counts them all the same
+    solving = max(copies * width**2 + SOLVED_COPIES * size for width, size in zip(widths, sizes, strict=True))
+    running = max(width**2 // 4 for width in widths) + max(sizes) // 2 + WIDE_COPIES * tokens * widest
+    work = weights + hessians + max(solving, running)
     if tuned:
-        work = max(work, TUNED_COPIES * weights + TUNED_WIDE_COPIES * tuned * hidden.shape[1] * widest)
+        work = max(work, TUNED_COPIES * weights + TUNED_WIDE_COPIES * tuned * shape[1] * widest)
     if weighted:
         head = source.args.vocab_size * source.args.hidden_size
-        back = (BLOCK_COPIES - 1) * weights + TUNED_WIDE_COPIES * tokens * widest
+        back = BACKWARD_COPIES * weights + TUNED_WIDE_COPIES * tokens * widest
         work = max(work, back, head // 2 + LOGIT_COPIES * LOGITS)
-    state = 0 if offload else hidden.numel() * (2 if with_goals else 1)
-    return 4 * work, 4 * state
+    return int(4 * work), 4 * torch.Size(shape).numel() * (2 if with_goals else 1)
+
+
+def _groups(source: Source) -> list[list[tuple[int, int]]]:
+    """Shapes of a block's linears, those of one input together."""
+    prefix, found = source.module.BLOCK.format(0), list[list[tuple[int, int]]]()
+    for w in source.weights:
+        if w.role == "linear" and w.block == 0:
+            if not found or w.name.removeprefix(prefix).removesuffix(".weight") in source.module.FEEDS:
+                found.append([])
+            found[-1].append((w.shape[0], w.shape[1]))
+    return found
 
 
 def check(
@@ -78,6 +100,7 @@ def check(
     hidden: Tensor,
     blocks: int,
     with_goals: bool,
+    with_drift: bool,
     weighted: bool,
     modules: list[ModuleType],
     target: Target,
@@ -86,11 +109,15 @@ def check(
     offload: bool,
 ) -> Preflight:
     """Runs one batch through the first block and quantizes its largest layer. FewbitError where memory is short."""
-    work, state = needed(source, hidden, with_goals, offload, getattr(modules[-1], "WINDOWS", 0), weighted)
+    n, length, width = hidden.shape
+    work, state = needed(
+        source, (n, length, width), with_goals, with_drift, getattr(modules[-1], "WINDOWS", 0), weighted
+    )
+    state = 0 if offload else state
     on_gpu = device.type == "cuda"
     resident = state if hidden.device.type == "cuda" else 0
     found = Preflight(state - resident + (0 if on_gpu else work), resident + work if on_gpu else 0, 0.0)
-    _enough(found, device)
+    _enough(found, device, resident)
     few = hidden[: max(1, BATCH_TOKENS // hidden.shape[1])].clone()
     start = time.perf_counter()
     block = FloatBlock(source, 0, hidden.shape[1], device, product=fast_product(source, device))
@@ -118,7 +145,7 @@ def check(
     return Preflight(found.memory, found.device_memory, seconds)
 
 
-def _enough(found: Preflight, device: torch.device) -> None:
+def _enough(found: Preflight, device: torch.device, resident: int) -> None:
     free = _available_memory()
     if free is not None and found.memory > free:
         raise FewbitError(
@@ -127,7 +154,8 @@ def _enough(found: Preflight, device: torch.device) -> None:
             "Use --offload, fewer or shorter windows (--windows 32), --method rtn, or close other programs.",
         )
     if device.type == "cuda":
-        card = torch.cuda.mem_get_info(device)[0]
+        # hidden states that lie there already are part of what is needed
+        card = card_free(device) + resident
         if found.device_memory > card:
             raise FewbitError(
                 "A block does not fit the GPU.",

@@ -1,8 +1,10 @@
-"""Large tensors that may lie on disk while they are needed, and leave nothing there."""
+"""Large tensors that may lie on disk while they are needed and leave nothing there, or be within a card's reach."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,3 +22,25 @@ def mapped(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     held = torch.from_file(str(file), shared=True, size=size, dtype=dtype)
     file.unlink()
     return held.reshape(shape)
+
+
+def pin(memory: Tensor) -> Callable[[], None]:
+    """Let cards copy to and from this host memory by themselves, until the function given back is called.
+
+    Torch's own pinned memory is handed out in powers of two and never given back. Where the driver refuses, nothing
+    changes: copies then go through a buffer of its own.
+    """
+    if not torch.cuda.is_available() or not memory.nbytes:
+        return lambda: None
+    runtime = torch.cuda.cudart()
+    if int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)):
+        with suppress(RuntimeError):
+            # the driver's last error would be taken for that of the next kernel
+            torch.zeros(1, device="cuda")
+        return lambda: None
+
+    def free() -> None:
+        torch.cuda.synchronize()
+        runtime.cudaHostUnregister(memory.data_ptr())
+
+    return free

@@ -45,10 +45,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibrated": LOW | {"formats", "methods", "source", "blocks"},
     "scratch": set(),
     "sensitivity": LOW | {"formats", "layers", "source", "blocks", "calibrated", "scratch"},
-    "preflight": LOW | {"formats", "methods", "source", "blocks", "calibrated", "sensitivity"},
+    "preflight": LOW | {"formats", "methods", "source", "blocks", "calibrated", "sensitivity", "memory"},
     "walk": LOW | {"formats", "methods", "checkpoint", "source", "blocks", "calibrated", "scratch", "sensitivity"},
 }
-MAY_IMPORT["walk"] |= {"preflight"}
+MAY_IMPORT["walk"] |= {"preflight", "memory"}
 MAY_IMPORT["runtime"] |= {"prepared", "random_models"}
 MAY_IMPORT["self_calibration"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
 MAY_IMPORT["quantizer"] = MAY_IMPORT["walk"] | {"walk", "models", "tokenizer", "store", "calibration"}
