@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fewbit.fetching import Fetcher, Stored
 from fewbit.formats import parse
 from fewbit.kernels.ops import Batch, Ops, rotate
 from fewbit.layers import Weights
@@ -159,6 +160,22 @@ class FloatBlock:
         finally:
             for linear in self.linears:
                 linear.before = linear.after = None
+
+
+def load_block(
+    source: Source,
+    index: int,
+    length: int,
+    device: torch.device,
+    product: torch.dtype = torch.float32,
+    stored: Stored | None = None,
+) -> FloatBlock:
+    """A block of the source, or of what is stored elsewhere under its names; to a card its bytes come as they are."""
+    stored = stored or source
+    if device.type != "cuda":
+        return FloatBlock(source, index, length, device, stored.read, product)
+    with Fetcher(stored, [w.name for w in source.weights if w.block == index], device) as fetcher:
+        return FloatBlock(source, index, length, device, fetcher.read, product)
 
 
 def fast_product(source: Source, device: torch.device) -> torch.dtype:

@@ -65,7 +65,7 @@ class Solved:
 
 
 def batches(hidden: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """Hidden states [n, length, d] a few windows at a time, on the device; out of pinned memory nobody waits for them."""
+    """Hidden states [n, length, d] a few windows at a time, on the device; nobody waits for pinned ones."""
     step = max(1, BATCH_TOKENS // hidden.shape[1])
     for start in range(0, len(hidden), step):
         part = slice(start, start + step)

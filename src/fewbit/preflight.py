@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fewbit.blocks import FloatBlock, fast_product
+from fewbit.blocks import fast_product, load_block
 from fewbit.calibrated import BATCH_TOKENS, collect, propagate
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
@@ -120,7 +120,7 @@ def check(
     _enough(found, device, resident)
     few = hidden[: max(1, BATCH_TOKENS // hidden.shape[1])].clone()
     start = time.perf_counter()
-    block = FloatBlock(source, 0, hidden.shape[1], device, product=fast_product(source, device))
+    block = load_block(source, 0, hidden.shape[1], device, fast_product(source, device))
     loading = time.perf_counter() - start
     start = time.perf_counter()
     stats = collect(block, few, None)

@@ -24,23 +24,25 @@ def mapped(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return held.reshape(shape)
 
 
-def pin(memory: Tensor) -> Callable[[], None]:
-    """Let cards copy to and from this host memory by themselves, until the function given back is called.
+def pin(memory: Tensor, device: torch.device) -> Callable[[], None]:
+    """Let a card copy to and from this host memory by itself, until the function given back is called, which waits for
+    it. On the CPU nothing happens.
 
     Torch's own pinned memory is handed out in powers of two and never given back. Where the driver refuses, nothing
     changes: copies then go through a buffer of its own.
     """
-    if not torch.cuda.is_available() or not memory.nbytes:
+    if device.type != "cuda" or not memory.nbytes:
         return lambda: None
     runtime = torch.cuda.cudart()
     if int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)):
         with suppress(RuntimeError):
             # the driver's last error would be taken for that of the next kernel
-            torch.zeros(1, device="cuda")
+            torch.zeros(1, device=device)
         return lambda: None
 
     def free() -> None:
-        torch.cuda.synchronize()
+        with suppress(RuntimeError):
+            torch.cuda.synchronize(device)
         runtime.cudaHostUnregister(memory.data_ptr())
 
     return free

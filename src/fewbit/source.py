@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fewbit import store
-from fewbit.checkpoint import Checkpoint, open_checkpoint
+from fewbit.checkpoint import Checkpoint, Place, open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
 from fewbit.models import WeightInfo, find_model
@@ -115,12 +115,24 @@ class Source:
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> QTensor:
         """One tensor in canonical row order, or its rows [start, stop)."""
-        stored = self._stored[name]
-        order = self.module.gguf_rows(name, self.args) if self._gguf else None
+        stored, order = self._stored[name], self._order(name)
         if order is None:
             return self.checkpoint.read(stored, rows)
         q = self.checkpoint.read(stored)
         return parse(q.spec).take(q, order if rows is None else order[slice(*rows)])
+
+    def _order(self, name: str) -> torch.Tensor | None:
+        """The rows of a stored matrix in canonical order, where that is another."""
+        return self.module.gguf_rows(name, self.args) if self._gguf else None
+
+    def places(self, name: str) -> dict[str, Place]:
+        """Where what a tensor is made of lies in files; empty where only `read` gives it."""
+        return self.checkpoint.places(self._stored[name])
+
+    def assemble(self, name: str, stored: dict[str, torch.Tensor]) -> QTensor:
+        """What `read` gives, of what lies at `places`, on the device where that was brought."""
+        q, order = self.checkpoint.assemble(self._stored[name], stored), self._order(name)
+        return q if order is None else parse(q.spec).take(q, order.to(next(iter(stored.values())).device))
 
 
 def open_source(model: str | Path, progress: Callable[[str], None] | None = None) -> Source:

@@ -16,11 +16,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fewbit.blocks import FloatBlock, embed, fast_product
+from fewbit.blocks import FloatBlock, embed, fast_product, load_block
 from fewbit.calibrated import BlockSolver, Goals, Line, Solved, collect, propagate
 from fewbit.checkpoint import open_checkpoint
 from fewbit.checkpoint._writer import Planned, Writer
 from fewbit.errors import FewbitError
+from fewbit.fetching import Stored
 from fewbit.formats import parse
 from fewbit.memory import card_free
 from fewbit.methods import Target, rtn
@@ -203,7 +204,7 @@ class Walk:
                 self._block(solver, unit, index, hidden, reference, sensitivity)
             self.finished += _weights(self.units[unit])
             if index + 1 < len(blocks):
-                propagate(self._float_block(index, length, written.read), hidden)
+                propagate(self._float_block(index, length, written), hidden)
         (self.writer.folder / SENSITIVITY).unlink(missing_ok=True)
 
     def _sensitivity(self, windows: Tensor) -> Sensitivity:
@@ -258,8 +259,8 @@ class Walk:
             better = f"{line.error / line.rtn_error:.2f} of round to nearest's" if line.rtn_error else "exact"
             self._report(f"{place}: {line.name} error {line.error:.2e}, {better}", weights)
 
-    def _float_block(self, index: int, length: int, read: Callable[[str], QTensor] | None = None) -> FloatBlock:
-        return FloatBlock(self.source, index, length, self.device, read, self.product)
+    def _float_block(self, index: int, length: int, stored: Stored | None = None) -> FloatBlock:
+        return load_block(self.source, index, length, self.device, self.product, stored)
 
     def _write(self, unit: str, solved: Solved) -> None:
         for planned in self.units[unit]:
@@ -274,7 +275,7 @@ class Walk:
         else:
             hidden = torch.empty(shape, device=place)
             if self.device.type != place.type:
-                self._held.callback(pin(hidden))
+                self._held.callback(pin(hidden, self.device))
         start = 0
         for part in embed(self.source, windows, read=read):
             hidden[start : start + len(part)] = part

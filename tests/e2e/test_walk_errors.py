@@ -229,10 +229,10 @@ def test_a_larger_block_needs_more(tmp_path: Path) -> None:
     for i, width in enumerate((64, 128)):
         folder = write_folder(tmp_path / str(i), hidden_size=width, intermediate_size=2 * width)
         source, hidden = open_source(folder), torch.empty(8, 32, width)
-        work, state = preflight.needed(source, hidden, False, False)
+        work, state = preflight.needed(source, (8, 32, width), with_goals=False)
         assert state == hidden.numel() * 4
-        assert preflight.needed(source, hidden, True, False) == (work, 2 * state)
-        assert preflight.needed(source, hidden, True, True) == (work, 0)
+        assert preflight.needed(source, (8, 32, width), with_goals=True) == (work, 2 * state)
+        assert preflight.needed(source, (8, 32, width), with_goals=False, with_drift=True)[0] > work
         weights = sum(torch.Size(w.shape).numel() for w in source.weights if w.role == "linear" and w.block == 0)
         assert work > 4 * weights
         sizes.append(work)

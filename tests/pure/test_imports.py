@@ -38,18 +38,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": {"errors", "tokenizer", "documents"},
     "source": LOW | {"formats", "models", "checkpoint", "store"},
     "random_models": LOW | {"formats", "models", "checkpoint", "source"},
+    "scratch": set(),
+    "fetching": {"errors", "qtensor", "checkpoint", "scratch"},
     "origin": {"config_values", "checkpoint", "source"},
     "reference_cache": {"store", "scoring", "source"},
     "runtime": LOW | {"formats", "kernels", "layers", "models", "checkpoint", "tokenizer", "store", "source", "memory"},
-    "blocks": LOW | {"formats", "kernels", "layers", "source"},
+    "blocks": LOW | {"formats", "kernels", "layers", "source", "fetching"},
     "calibrated": LOW | {"formats", "methods", "source", "blocks"},
-    "scratch": set(),
     "sensitivity": LOW | {"formats", "layers", "source", "blocks", "calibrated", "scratch"},
     "preflight": LOW | {"formats", "methods", "source", "blocks", "calibrated", "sensitivity", "memory"},
     "walk": LOW | {"formats", "methods", "checkpoint", "source", "blocks", "calibrated", "scratch", "sensitivity"},
 }
-MAY_IMPORT["walk"] |= {"preflight", "memory"}
-MAY_IMPORT["runtime"] |= {"prepared", "random_models"}
+MAY_IMPORT["walk"] |= {"preflight", "memory", "fetching"}
+MAY_IMPORT["runtime"] |= {"prepared", "random_models", "fetching"}
 MAY_IMPORT["self_calibration"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
 MAY_IMPORT["quantizer"] = MAY_IMPORT["walk"] | {"walk", "models", "tokenizer", "store", "calibration"}
 MAY_IMPORT["quantizer"] |= {"self_calibration"}

@@ -108,4 +108,5 @@ def drift_corrected(w: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
     # X L L^T = change
     change = torch.linalg.solve_triangular(lower.mT, change, upper=True, left=False)
     change = torch.linalg.solve_triangular(lower, change, upper=False, left=False)
-    return w + change
+    corrected: Tensor = w + change
+    return corrected
