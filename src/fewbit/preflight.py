@@ -68,13 +68,14 @@ def needed(
     weights, widths = sum(sizes), [group[0][1] for group in groups]
     widest = max(max(shape) for group in groups for shape in group)
     tokens = max(BATCH_TOKENS, shape[1])
-    # a drift's correlation is another matrix of the Hessian's size, and being corrected takes two more
-    hessians = sum(width**2 for width in widths) * (2 if with_drift else 1)
-    copies = HESSIAN_COPIES + (1 if with_drift else 0)
-    # the narrow ones are gone when the widest is solved, which comes last; this counts them all the same
-    solving = max(copies * width**2 + SOLVED_COPIES * size for width, size in zip(widths, sizes, strict=True))
-    running = max(width**2 // 4 for width in widths) + max(sizes) // 2 + WIDE_COPIES * tokens * widest
-    work = weights + hessians + max(solving, running)
+    # those that are not solved yet; a drift's correlation is another matrix of the Hessian's size
+    left = [(2 if with_drift else 1) * sum(width**2 for width in widths[i:]) for i in range(len(widths))]
+    solving = max(
+        kept + HESSIAN_COPIES * width**2 + SOLVED_COPIES * size
+        for kept, width, size in zip(left, widths, sizes, strict=True)
+    )
+    running = left[0] + max(widths) ** 2 // 4 + max(sizes) // 2 + WIDE_COPIES * tokens * widest
+    work = weights + max(solving, running)
     if tuned:
         work = max(work, TUNED_COPIES * weights + TUNED_WIDE_COPIES * tuned * shape[1] * widest)
     if weighted:
