@@ -125,6 +125,10 @@ class Source:
         """The rows of a stored matrix in canonical order, where that is another."""
         return self.module.gguf_rows(name, self.args) if self._gguf else None
 
+    def scattered(self, name: str) -> bool:
+        """Whether a matrix has groups of columns that are no neighbours."""
+        return self.checkpoint.scattered(self._stored[name])
+
     def places(self, name: str) -> dict[str, Place]:
         """Where what a tensor is made of lies in files; empty where only `read` gives it."""
         return self.checkpoint.places(self._stored[name])

@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=["bf16", "int4g32a"])
-def source(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+def source(
+    request: pytest.FixtureRequest, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Source:
     """A tiny model whose tensors are cut into many pieces, in a ring of few."""
     monkeypatch.setattr(fetching, "PIECE_BYTES", 1000)
     monkeypatch.setattr(fetching, "PIECES", 5)
@@ -33,6 +35,11 @@ def source(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path: Path, mo
 
 def names(source: Source) -> list[str]:
     return [w.name for w in source.weights]
+
+
+def fetch_all(source: Source) -> list[QTensor]:
+    with Fetcher(source, names(source), CPU) as fetcher:
+        return [fetcher.read(name) for name in names(source)]
 
 
 def same(a: QTensor, b: QTensor) -> bool:
@@ -59,13 +66,12 @@ def test_a_file_that_became_shorter_is_told(source: Source) -> None:
     last = max((p for n in names(source) for p in source.places(n).values()), key=lambda p: p.offset)
     file = last.file
     os.truncate(file, last.offset + last.nbytes // 2)
-    with Fetcher(source, names(source), CPU) as fetcher, pytest.raises(FewbitError, match="can't be read") as caught:
-        for name in names(source):
-            fetcher.read(name)
+    with pytest.raises(FewbitError, match="can't be read") as caught:
+        fetch_all(source)
     assert f"it ends at byte {file.stat().st_size:,}" in caught.value.facts
     file.unlink()
-    with Fetcher(source, names(source), CPU) as fetcher, pytest.raises(FewbitError, match="can't be read"):
-        fetcher.read(names(source)[0])
+    with pytest.raises(FewbitError, match="can't be read"):
+        fetch_all(source)
 
 
 def test_an_interrupt_leaves_no_thread_and_no_file_open(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +81,7 @@ def test_an_interrupt_leaves_no_thread_and_no_file_open(source: Source, monkeypa
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Source, "assemble", interrupted)
-    with pytest.raises(KeyboardInterrupt), Fetcher(source, names(source), CPU) as fetcher:
-        fetcher.read(names(source)[0])
+    with pytest.raises(KeyboardInterrupt):
+        fetch_all(source)
     assert threading.active_count() == before
     assert len(list(Path("/proc/self/fd").iterdir())) == open_files

@@ -61,7 +61,19 @@ MAY_IMPORT["report"] = {"errors", "qtensor", "formats", "models", "source", "eva
 TOP = {"__init__", "cli"}
 # the compiled kernels are read through the kernels package
 NATIVE = "_cpu"
-OTHERS = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "regex", "rich", "altair", "vl_convert", "cuda"}
+OTHERS = {
+    "torch",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "jinja2",
+    "regex",
+    "rich",
+    "altair",
+    "vl_convert",
+    "cuda",
+    "triton",
+}
 
 
 def part(path: Path) -> str:

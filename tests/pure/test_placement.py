@@ -32,11 +32,12 @@ AUTOMATIC = placement._automatic
 def have(monkeypatch: pytest.MonkeyPatch) -> Any:
     """have(*cards): these are the machine's, and kernels can be compiled."""
 
-    def pretend(*cards: Card, missing: str | None = None) -> None:
+    def pretend(*cards: Card, missing: str | None = None, without: str | None = "triton is not there") -> None:
         monkeypatch.setattr(placement, "_automatic", AUTOMATIC)
         monkeypatch.setattr(placement, "cards", lambda: list(cards))
         monkeypatch.setattr(placement, "_sees_cards", lambda: bool(cards))
         monkeypatch.setattr(placement, "missing", lambda: missing)
+        monkeypatch.setattr(placement.triton, "missing", lambda: without)
 
     return pretend
 

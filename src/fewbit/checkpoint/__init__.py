@@ -79,6 +79,10 @@ class Checkpoint(ABC):
         """What `read` gives, of what lies at `places`, on the device where that was brought."""
         raise NotImplementedError
 
+    def scattered(self, name: str) -> bool:
+        """Whether a matrix has groups of columns that are no neighbours (activation order)."""
+        return False
+
     @abstractmethod
     def tokenizer(self) -> TokenizerData:
         """The tokenizer that belongs to the weights; FewbitError where there is none."""

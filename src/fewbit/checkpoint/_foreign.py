@@ -146,6 +146,10 @@ class Foreign(Checkpoint):
         q = self.assemble(name, {part: self.shards.read(stored) for part, stored in self._stored(name).items()})
         return q if rows is None else parse(q.spec).take(q, torch.arange(*rows))
 
+    def scattered(self, name: str) -> bool:
+        stem = self._stems[name]
+        return stem is not None and self._order(self._plan(stem)) is not None
+
     def _stored(self, name: str) -> dict[str, str]:
         """What the parts of a tensor are called in the files; zero points only where they differ."""
         if (stem := self._stems[name]) is None:

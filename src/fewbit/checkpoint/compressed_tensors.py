@@ -117,6 +117,13 @@ class CompressedTensors(Checkpoint):
         q = self.assemble(name, {part: self.shards.read(stored) for part, stored in self._stored(name).items()})
         return q if rows is None else parse(q.spec).take(q, torch.arange(*rows))
 
+    def scattered(self, name: str) -> bool:
+        if f"{name}_g_idx" not in self.shards:
+            return False
+        (rows, columns), fmt = self.shape(name), parse(self.spec(name))
+        groups = fmt.layout((rows, columns), torch.float32)["scale"][1][1]
+        return self._order(name, columns, groups, fmt) is not None
+
     def _stored(self, name: str) -> dict[str, str]:
         """What the parts of a tensor are called in the files."""
         if f"{name}_packed" not in self.shards:
