@@ -53,7 +53,7 @@ def _products() -> ModuleType:
 
 @dataclass(frozen=True)
 class _Part:
-    """One matrix, row `first` of the stacked ones on. `kind`: 0 codes less `centre`, 1 less a zero point, 2 an offset."""
+    """One matrix, rows `first` on of the stacked ones. `kind`: codes less (0) `centre`, (1) a zero; (2) an offset."""
 
     first: int
     rows: int
