@@ -8,10 +8,11 @@ little at a time, and a mapped file that becomes shorter would end the process.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,8 @@ from fewbit.errors import FewbitError
 from fewbit.qtensor import QTensor
 from fewbit.scratch import pin
 
-# a buffer; how many there are; threads that fill them
-PIECE_BYTES, PIECES, READERS = 8 << 20, 64, 8
+# a buffer, of whole pages; how many there are; threads that fill them
+PIECE_BYTES, PIECES, READERS = 16 << 20, 32, 8
 
 
 class Stored(Protocol):
@@ -65,8 +66,10 @@ class Fetcher:
         self._pieces = {name: [_cut(place) for place in found.values()] for name, found in self._places.items()}
         self._todo = deque(p for name in names for pieces in self._pieces[name] for p in pieces)
         count = min(PIECES, len(self._todo))
-        self._ring = torch.empty(count + 1, PIECE_BYTES, dtype=torch.uint8)
-        self._unpin = pin(self._ring, device)
+        # on the border of a page, as a slot is pinned when it is first used: pinning all would take as long as reading
+        memory = mmap.mmap(-1, (count + 1) * PIECE_BYTES)
+        self._ring = torch.frombuffer(memory, dtype=torch.uint8).view(count + 1, PIECE_BYTES)
+        self._unpin: dict[int, Callable[[], None]] = {}
         # slots to be written, with what the card must have done before; one is kept for the thread that asks
         self._free: deque[tuple[int, Any]] = deque((i, None) for i in range(count))
         self._own: tuple[int, Any] = (count, None)
@@ -120,6 +123,8 @@ class Fetcher:
 
     def _fill_one(self, piece: _Piece, slot: int, done: Any) -> None:
         try:
+            if slot not in self._unpin:
+                self._unpin[slot] = pin(self._ring[slot], self.device)
             if done is not None:
                 done.synchronize()
             _read(self._opened(piece.file), piece, self._ring[slot, : piece.count])
@@ -156,7 +161,9 @@ class Fetcher:
         for reader in self._readers:
             reader.join()
         # nothing of it is on its way to the card any more
-        self._unpin()
+        for unpin in self._unpin.values():
+            unpin()
+        self._unpin.clear()
         for descriptor in self._files.values():
             with suppress(OSError):
                 os.close(descriptor)

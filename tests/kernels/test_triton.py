@@ -23,12 +23,14 @@ CASES = [
     ("int4g128", 3, 700),
     ("int4", 1, 1),
 ]
-TOKENS = [1, 2, 8, 9, 40]
+TOKENS = [1, 4, 5, 40]
 
 
 def errors(tensors: list[QTensor], device: torch.device) -> list[float]:
-    """For each count of tokens the largest error, in units of what float32 (or tf32, above FEW) lets expect."""
+    """For each count of tokens the largest error, in units of what float32 lets expect."""
     backend = triton.Triton()
+    # several slices
+    triton.SLICE_WEIGHTS = 17 * tensors[0].shape[1]
     assert all(backend.refuses(q) is None for q in tensors)
     packed = backend.prepare([QTensor(q.spec, q.shape, {n: p.to(device) for n, p in q.parts.items()}) for q in tensors])
     w = torch.cat([parse(q.spec).dequantize(q) for q in tensors]).double()
@@ -42,8 +44,7 @@ def errors(tensors: list[QTensor], device: torch.device) -> list[float]:
         assert y.shape == (tokens, len(w))
         # a sum's terms, each rounded; an offset and scale times code may cancel
         size = x.double().abs() @ torch.cat([_sizes(q) for q in tensors]).T
-        exact = device.type == "cpu" or tokens <= triton.FEW
-        found.append(float(((y - x.double() @ w.T).abs() / size).max()) / (1e-5 if exact else 2e-3))
+        found.append(float(((y - x.double() @ w.T).abs() / size).max()) / 1e-5)
     assert backend.matmul(torch.empty(0, w.shape[1], device=device), packed).shape == (0, len(w))
     return found
 
@@ -60,6 +61,8 @@ def _sizes(q: QTensor) -> torch.Tensor:
 def test_products_by_the_interpreter(make_tensor, tmp_path: Path) -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("there is a card to run them as they are")
     stacks = [[make_tensor(*case)] for case in CASES]
     # matrices of several kinds in one stack
     stacks.append([make_tensor("int4g32", 20, 96), make_tensor("int3g32a", 37, 96), make_tensor("gguf:q4_1", 5, 96)])

@@ -1,8 +1,8 @@
 """Products on a card through Triton, which comes with torch: where fewbit's own kernels can't be compiled, or refuse.
 
-Weights stay as a format of integers packs them, codes along the row with the lowest bits first; a block of threads
-turns them into floats and multiplies. Up to 8 tokens everything is in float32; above, factors are rounded to tf32.
-Slower than cuda.py, and the same for any width, group and card from sm_80 on.
+Weights stay as a format of integers packs them, codes along the row with the lowest bits first. A few tokens are
+multiplied as they are read; for more, rows are written out slice by slice for cuBLAS. Everything is in float32. Slower
+than cuda.py, and the same for any width and group.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fewbit.formats import parse
 from fewbit.formats._bitstream import pack_rows, unpack_rows
@@ -26,11 +27,10 @@ from fewbit.qtensor import QTensor
 DEVICES = ("cuda",)
 LEAST_CAPABILITY = (8, 0)
 # tokens that are multiplied one by one
-FEW = 8
-# rows, columns (and tokens) of a block of threads
-FEW_SHAPE = {"ROWS": 16, "COLUMNS": 512}
-MANY_SHAPE = {"TOKENS": 32, "ROWS": 64, "COLUMNS": 64}
-# weights that are unpacked at a time while they are laid out
+FEW = 4
+# rows and columns of a block of threads
+ROWS, COLUMNS = 16, 512
+# weights that are unpacked at a time
 SLICE_WEIGHTS = 1 << 24
 
 
@@ -67,8 +67,11 @@ class _Part:
     offset: Tensor | None
 
     def arguments(self) -> list[Any]:
-        """As the kernels take them, from the numbers on."""
-        return [self.rows, self.columns, self.packed.shape[1], self.scale.shape[1], self.span, self.centre]
+        """As the kernels take them."""
+        data = [self.packed, self.scale, self.scale if self.offset is None else self.offset]
+        sizes = [self.rows, self.columns, self.packed.shape[1], self.scale.shape[1], self.span, self.centre]
+        whole = 32 % self.bits == 0 and (self.span % (32 // self.bits) == 0 or self.span == self.columns)
+        return [*data, *sizes, self.bits, self.kind, whole, ROWS, COLUMNS]
 
     def values(self, rows: Tensor) -> Tensor:
         """Rows int64 [T] in float32 [T, columns]."""
@@ -116,14 +119,15 @@ class Triton(Backend):
         out = torch.empty(tokens, total, device=x.device)
         for part in packed.data if tokens else ():
             there = out[:, part.first :]
-            data = [x, part.packed, part.scale, part.scale if part.offset is None else part.offset, there, total]
-            chosen = {"BITS": part.bits, "KIND": part.kind}
             if tokens <= FEW:
-                grid = (-(-part.rows // FEW_SHAPE["ROWS"]), tokens)
-                _products().few[grid](*data, *part.arguments(), **chosen, **FEW_SHAPE)
-            else:
-                grid = (-(-part.rows // MANY_SHAPE["ROWS"]), -(-tokens // MANY_SHAPE["TOKENS"]))
-                _products().many[grid](*data, tokens, *part.arguments(), **chosen, **MANY_SHAPE)
+                _products().few[-(-part.rows // ROWS), tokens](x, there, total, *part.arguments())
+                continue
+            # whole blocks: they know the matrix's last row, not the slice's
+            step = max(1, SLICE_WEIGHTS // part.columns // ROWS) * ROWS
+            for first in range(0, part.rows, step):
+                w = torch.empty(min(step, part.rows - first), part.columns, device=x.device)
+                _products().expand[-(-len(w) // ROWS), -(-part.columns // COLUMNS)](w, first, *part.arguments())
+                there[:, first : first + len(w)] = F.linear(x, w)
         return out
 
     def rows(self, packed: Packed, ids: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from fewbit.formats import parse
 from fewbit.formats.integer import IntegerFormat
 from fewbit.kernels import triton
 from fewbit.kernels._cuda_layout import stored_span
-from fewbit.kernels._nvrtc import missing
+from fewbit.kernels._nvrtc import extra, missing
 from fewbit.kernels.ops import cached_width
 from fewbit.models import WeightInfo
 from fewbit.source import Source
@@ -217,7 +217,7 @@ def _slower(exact: bool) -> list[str]:
     """A sentence where Triton stands in for the CUDA kernels."""
     if exact or not (reason := missing()):
         return []
-    return [f"Products run through Triton, more slowly than they could: {reason}; `pip install 'fewbit[cuda]'` helps."]
+    return [f"Products run through Triton, more slowly than they could: {reason}; `pip install '{extra()}'` helps."]
 
 
 class CardMemoryError(FewbitError):
