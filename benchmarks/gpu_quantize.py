@@ -24,7 +24,7 @@ from fewbit.blocks import FloatBlock, fast_product
 from fewbit.calibrated import BlockSolver, collect, propagate
 from fewbit.memory import card_free
 from fewbit.methods import Target, gptq
-from fewbit.preflight import needed
+from fewbit.preflight import CARD_BYTES, needed
 from fewbit.random_models import random_model
 from fewbit.scratch import pin
 from fewbit.source import Source
@@ -65,6 +65,7 @@ def measured(name: str, args: argparse.Namespace, device: torch.device) -> dict[
     for windows in (1, args.windows):
         shape = (windows, args.length, width)
         work, state = needed(source, shape, with_goals=False)
+        work += CARD_BYTES
         stays = device.type == "cuda" and work + state <= card_free(device)
         hidden = torch.empty(shape, device=device if stays else "cpu")
         for part in hidden:

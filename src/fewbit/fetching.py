@@ -164,6 +164,7 @@ class Fetcher:
         for unpin in self._unpin.values():
             unpin()
         self._unpin.clear()
+        self._ring = torch.empty(0, 0, dtype=torch.uint8)
         for descriptor in self._files.values():
             with suppress(OSError):
                 os.close(descriptor)

@@ -27,6 +27,8 @@ HESSIAN_COPIES = 2.25
 SOLVED_COPIES = 6
 # of a block's weights where gradients pass through it: themselves, and in the type they are multiplied in
 BACKWARD_COPIES = 2
+# what libraries and recorded loops keep on a card
+CARD_BYTES = 512 << 20
 # when tuning: levels, gradients, two moments, weights and what autograd keeps of them
 TUNED_COPIES, TUNED_WIDE_COPIES = 14, 12
 # activations of one batch that are alive at once, in units of the widest layer's
@@ -117,7 +119,8 @@ def check(
     state = 0 if offload else state
     on_gpu = device.type == "cuda"
     resident = state if hidden.device.type == "cuda" else 0
-    found = Preflight(state - resident + (0 if on_gpu else work), resident + work if on_gpu else 0, 0.0)
+    on_card = resident + work + CARD_BYTES if on_gpu else 0
+    found = Preflight(state - resident + (0 if on_gpu else work), on_card, 0.0)
     _enough(found, device, resident)
     few = hidden[: max(1, BATCH_TOKENS // hidden.shape[1])].clone()
     start = time.perf_counter()

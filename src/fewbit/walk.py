@@ -25,7 +25,7 @@ from fewbit.fetching import Stored
 from fewbit.formats import parse
 from fewbit.memory import card_free
 from fewbit.methods import Target, rtn
-from fewbit.preflight import Preflight, check, needed
+from fewbit.preflight import CARD_BYTES, Preflight, check, needed
 from fewbit.qtensor import QTensor
 from fewbit.scratch import mapped, pin
 from fewbit.sensitivity import PROBES, Probe, Sensitivity
@@ -297,7 +297,7 @@ class Walk:
             tuned = getattr(self.modules[-1], "WINDOWS", 0)
             drift, weighted = bool(self.settings.share), self.settings.weighted
             work, state = needed(self.source, shape, wants_goals, drift, tuned, weighted)
-            if work + state <= card_free(self.device):
+            if work + CARD_BYTES + state <= card_free(self.device):
                 return self.device
         return torch.device("cpu")
 
