@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,10 @@ import torch
 import fewbit
 from fewbit import FewbitError, fetching
 from fewbit.fetching import Fetcher
+from fewbit.layers import Weights
 from fewbit.qtensor import QTensor
+from fewbit.runtime.engine import LanguageModel
+from fewbit.runtime.placement import CardMemoryError, Placement, Plan
 from fewbit.source import Source, open_source
 
 CPU = torch.device("cpu")
@@ -85,3 +91,52 @@ def test_an_interrupt_leaves_no_thread_and_no_file_open(source: Source, monkeypa
         fetch_all(source)
     assert threading.active_count() == before
     assert len(list(Path("/proc/self/fd").iterdir())) == open_files
+
+
+def test_a_full_card_is_told_with_the_plan_and_gives_everything_back(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card's allocator stands in: it has no more after some tensors."""
+    given: list[weakref.ref[torch.Tensor]] = []
+    real = Fetcher._brought
+
+    def brought(self: Fetcher, *args: Any) -> torch.Tensor:
+        if len(given) == 12:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        found = real(self, *args)
+        given.append(weakref.ref(found))
+        return found
+
+    def load(self: LanguageModel, progress: object) -> Any:
+        with Fetcher(self.source, names(self.source), CPU) as fetcher:
+            weights = Weights(fetcher.read, self.source.has, self.backends, self.backends[0].ops, [])
+            return self.source.module.Model(self.source.args, weights)
+
+    before = threading.active_count()
+    placement = Placement(CPU, Plan(7 << 30, 1 << 30, 2 << 30))
+    with monkeypatch.context() as patch:
+        patch.setattr(Fetcher, "_brought", brought)
+        patch.setattr(LanguageModel, "_load", load)
+        patch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 30, 24 << 30))
+        with pytest.raises(CardMemoryError, match="no memory left") as caught:
+            LanguageModel(source, False, 64, placement=placement)
+    assert "weights 7.00 GiB" in caught.value.facts
+    assert "1.00 GiB of 24.00 GiB are free now" in caught.value.facts
+    gc.collect()
+    assert len(given) == 12
+    assert [ref() for ref in given] == [None] * 12
+    assert threading.active_count() == before
+    assert LanguageModel(source, False, 64).model is not None
+
+
+def test_a_header_that_changed_is_noticed(source: Source) -> None:
+    place = source.places(names(source)[0])
+    file = next(iter(place.values())).file
+    data = bytearray(file.read_bytes())
+    # other offsets than the library has checked
+    at = data.index(b"data_offsets")
+    data[at : at + 12] = b"data_offsetz"
+    file.write_bytes(data)
+    source.checkpoint.shards._ranges.clear()  # type: ignore[attr-defined]
+    with pytest.raises(FewbitError, match="changed while it was being read"):
+        source.places(names(source)[0])
