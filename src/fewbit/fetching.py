@@ -67,7 +67,7 @@ class Fetcher:
         self._todo = deque(p for name in names for pieces in self._pieces[name] for p in pieces)
         count = min(PIECES, len(self._todo))
         # on the border of a page, as a slot is pinned when it is first used: pinning all would take as long as reading
-        memory = mmap.mmap(-1, (count + 1) * PIECE_BYTES)
+        memory = mmap.mmap(-1, (count + 1) * PIECE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._ring = torch.frombuffer(memory, dtype=torch.uint8).view(count + 1, PIECE_BYTES)
         self._unpin: dict[int, Callable[[], None]] = {}
         # slots to be written, with what the card must have done before; one is kept for the thread that asks
