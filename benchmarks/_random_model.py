@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fewbit.checkpoint._safetensors import ShardWriter
 from fewbit.checkpoint._writer import Planned, quantization_config
-from fewbit.models.llama import Args, weights
+from fewbit.models.llama import args, weights
 from fewbit.random_models import SHAPES, random_model
 
 CONFIG = {
@@ -30,7 +30,7 @@ def write_random(folder: Path) -> int:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     _write_tokenizer(folder)
-    infos = weights(Args.from_config(CONFIG))
+    infos = weights(args(CONFIG))
     table, count = {}, 0
     for i in range(SHARDS):
         members = infos[i::SHARDS]

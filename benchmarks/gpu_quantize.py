@@ -21,9 +21,10 @@ import torch
 from _marks import Mark, finish
 
 from fewbit.blocks import FloatBlock, fast_product
-from fewbit.calibrated import BlockSolver, collect, propagate
+from fewbit.calibrated import BlockSolver
 from fewbit.memory import card_free
 from fewbit.methods import Target, gptq
+from fewbit.passes import collect, propagate
 from fewbit.preflight import CARD_BYTES, needed
 from fewbit.random_models import random_model
 from fewbit.scratch import pin

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fewbit.checkpoint import Place
+from fewbit.checkpoint import Extent
 from fewbit.errors import FewbitError
 from fewbit.qtensor import QTensor
 from fewbit.scratch import pin
@@ -34,7 +34,7 @@ PIECE_BYTES, PIECES, READERS = 16 << 20, 32, 8
 class Stored(Protocol):
     """What tensors are fetched from: a source, or a checkpoint under its own names."""
 
-    def places(self, name: str) -> dict[str, Place]: ...
+    def extents(self, name: str) -> dict[str, Extent]: ...
     def assemble(self, name: str, stored: dict[str, Tensor]) -> QTensor: ...
     def read(self, name: str) -> QTensor: ...
 
@@ -62,7 +62,7 @@ class Fetcher:
 
     def __init__(self, source: Stored, names: Sequence[str], device: torch.device) -> None:
         self.source, self.device = source, device
-        self._places = {name: source.places(name) for name in names}
+        self._places = {name: source.extents(name) for name in names}
         self._pieces = {name: [_cut(place) for place in found.values()] for name, found in self._places.items()}
         self._todo = deque(p for name in names for pieces in self._pieces[name] for p in pieces)
         count = min(PIECES, len(self._todo))
@@ -87,7 +87,7 @@ class Fetcher:
         stored = {part: self._brought(place, cut) for (part, place), cut in zip(places.items(), pieces, strict=True)}
         return self.source.assemble(name, stored)
 
-    def _brought(self, place: Place, pieces: list[_Piece]) -> Tensor:
+    def _brought(self, place: Extent, pieces: list[_Piece]) -> Tensor:
         raw = torch.empty(place.nbytes, dtype=torch.uint8, device=self.device)
         for piece in pieces:
             slot = self._wait(piece)
@@ -177,7 +177,7 @@ class Fetcher:
         self.close()
 
 
-def _cut(place: Place) -> list[_Piece]:
+def _cut(place: Extent) -> list[_Piece]:
     return [
         _Piece(place.file, place.offset + at, min(PIECE_BYTES, place.nbytes - at), at)
         for at in range(0, place.nbytes, PIECE_BYTES)

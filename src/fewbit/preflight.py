@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fewbit.blocks import fast_product, load_block
-from fewbit.calibrated import BATCH_TOKENS, collect, propagate
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
 from fewbit.memory import card_free
 from fewbit.methods import Target
+from fewbit.passes import BATCH_TOKENS, collect, propagate
 from fewbit.sensitivity import LOGITS, PROBES
 from fewbit.source import FLOATS, Source
 
@@ -88,11 +88,18 @@ def needed(
 
 
 def _groups(source: Source) -> list[list[tuple[int, int]]]:
-    """Shapes of a block's linears, those of one input together."""
-    prefix, found = source.module.BLOCK.format(0), list[list[tuple[int, int]]]()
+    """Shapes of the linears of the largest block (that has experts, where some do), those of one input together."""
+    sizes: dict[int, int] = {}
     for w in source.weights:
-        if w.role == "linear" and w.block == 0:
-            if not found or w.name.removeprefix(prefix).removesuffix(".weight") in source.module.FEEDS:
+        if w.role == "linear" and w.block is not None:
+            sizes[w.block] = sizes.get(w.block, 0) + torch.Size(w.shape).numel()
+    block = max(sizes, key=lambda b: sizes[b])
+    prefix, found = source.module.BLOCK.format(block), list[list[tuple[int, int]]]()
+    first = source.module.feeds(source.args, block)
+    for w in source.weights:
+        if w.role == "linear" and w.block == block:
+            alike = bool(found) and found[-1][0][1] == w.shape[1]
+            if not alike or w.name.removeprefix(prefix).removesuffix(".weight") in first:
                 found.append([])
             found[-1].append((w.shape[0], w.shape[1]))
     return found
@@ -130,7 +137,9 @@ def check(
     stats = collect(block, few, None)
     propagate(block, few)
     running = (time.perf_counter() - start) * (1.5 if with_goals else 1.0) * len(hidden) / len(few)
-    place = max(range(len(stats)), key=lambda i: block.linears[i].weight.shape[1] * block.linears[i].weight.numel())
+    # an expert that no token of this batch came to has no statistics
+    seen = [i for i, found in enumerate(stats) if "hessian" in found]
+    place = max(seen, key=lambda i: block.linears[i].weight.shape[1] * block.linears[i].weight.numel())
     linear = block.linears[place]
     fmt = parse(spec(f"{linear.names[0]}.weight"))
     start = time.perf_counter()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fewbit.blocks import FloatBlock, embed, fast_product, load_block
-from fewbit.calibrated import BlockSolver, Goals, Line, Solved, collect, propagate
+from fewbit.calibrated import BlockSolver, Goals, Line, Solved
 from fewbit.checkpoint import open_checkpoint
 from fewbit.checkpoint._writer import Planned, Writer
 from fewbit.errors import FewbitError
@@ -25,6 +25,7 @@ from fewbit.fetching import Stored
 from fewbit.formats import parse
 from fewbit.memory import card_free
 from fewbit.methods import Target, rtn
+from fewbit.passes import collect, propagate
 from fewbit.preflight import CARD_BYTES, Preflight, check, needed
 from fewbit.qtensor import QTensor
 from fewbit.scratch import mapped, pin
@@ -133,6 +134,8 @@ class Walk:
         self.finished = 0
         # what is let go of at the end
         self._held = ExitStack()
+        # linears that no calibration token came to
+        self.unseen: list[str] = []
 
     def run(self, windows: Tensor | None) -> None:
         """Every unit that is not committed; `windows` int64 [n, length] where the method wants data.
@@ -255,9 +258,20 @@ class Walk:
         for line in solved.lines:
             self.log.write(line)
         self._write(unit, solved)
+        if solved.unseen:
+            self._say_unseen(place, solved.unseen)
         for line in solved.lines:
             better = f"{line.error / line.rtn_error:.2f} of round to nearest's" if line.rtn_error else "exact"
             self._report(f"{place}: {line.name} error {line.error:.2e}, {better}", weights)
+
+    def _say_unseen(self, place: str, unseen: list[str]) -> None:
+        """Experts that the router sent no calibration token to."""
+        self.unseen += unseen
+        experts = sorted({int(name.split(".experts.")[1].split(".")[0]) for name in unseen})
+        self.note(
+            f"{place}: {len(experts)} of {self.source.args.experts} experts saw no calibration token and are rounded "
+            f"to nearest: {', '.join(map(str, experts))}"
+        )
 
     def _float_block(self, index: int, length: int, stored: Stored | None = None) -> FloatBlock:
         return load_block(self.source, index, length, self.device, self.product, stored)

@@ -69,7 +69,7 @@ def test_what_is_fetched_is_what_is_read(source: Source, order: str) -> None:
 
 def test_a_file_that_became_shorter_is_told(source: Source) -> None:
     """A mapped one would end the process."""
-    last = max((p for n in names(source) for p in source.places(n).values()), key=lambda p: p.offset)
+    last = max((p for n in names(source) for p in source.extents(n).values()), key=lambda p: p.offset)
     file = last.file
     os.truncate(file, last.offset + last.nbytes // 2)
     with pytest.raises(FewbitError, match="can't be read") as caught:
@@ -130,7 +130,7 @@ def test_a_full_card_is_told_with_the_plan_and_gives_everything_back(
 
 
 def test_a_header_that_changed_is_noticed(source: Source) -> None:
-    place = source.places(names(source)[0])
+    place = source.extents(names(source)[0])
     file = next(iter(place.values())).file
     data = bytearray(file.read_bytes())
     # other offsets than the library has checked
@@ -139,4 +139,4 @@ def test_a_header_that_changed_is_noticed(source: Source) -> None:
     file.write_bytes(data)
     source.checkpoint.shards._ranges.clear()  # type: ignore[attr-defined]
     with pytest.raises(FewbitError, match="changed while it was being read"):
-        source.places(names(source)[0])
+        source.extents(names(source)[0])

@@ -32,7 +32,7 @@ class TokenizerData:
 
 
 @dataclass(frozen=True)
-class Place:
+class Extent:
     """Where the bytes of something stored lie in a file."""
 
     file: Path
@@ -71,12 +71,12 @@ class Checkpoint(ABC):
     def read(self, name: str, rows: tuple[int, int] | None = None) -> QTensor:
         """One tensor, or the rows [start, stop) of a matrix."""
 
-    def places(self, name: str) -> dict[str, Place]:
+    def extents(self, name: str) -> dict[str, Extent]:
         """Where the large things lie that `read` makes a tensor of, by the names `assemble` takes; empty: read it."""
         return {}
 
     def assemble(self, name: str, stored: dict[str, Tensor]) -> QTensor:
-        """What `read` gives, of what lies at `places`, on the device where that was brought."""
+        """What `read` gives, of what lies at `extents`, on the device where that was brought."""
         raise NotImplementedError
 
     def scattered(self, name: str) -> bool:

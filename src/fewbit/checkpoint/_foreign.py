@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.checkpoint import Checkpoint, Place, TokenizerData
+from fewbit.checkpoint import Checkpoint, Extent, TokenizerData
 from fewbit.checkpoint._folder import Json, read_json, tokenizer_data, weight_files
 from fewbit.checkpoint._safetensors import Shards
 from fewbit.checkpoint.huggingface import SPECS
@@ -157,8 +157,8 @@ class Foreign(Checkpoint):
         wanted = (QWEIGHT, SCALES) if self._is_symmetric(self._plan(stem)) else (QWEIGHT, SCALES, QZEROS)
         return {part: f"{stem}{part}" for part in wanted}
 
-    def places(self, name: str) -> dict[str, Place]:
-        return {part: self.shards.place(stored) for part, stored in self._stored(name).items()}
+    def extents(self, name: str) -> dict[str, Extent]:
+        return {part: self.shards.extent(stored) for part, stored in self._stored(name).items()}
 
     def assemble(self, name: str, stored: dict[str, Tensor]) -> QTensor:
         spec, stem = self.spec(name), self._stems[name]

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fewbit.checkpoint import Place
+from fewbit.checkpoint import Extent
 from fewbit.errors import FewbitError
 
 DTYPES = {
@@ -90,14 +90,14 @@ class Shards:
         found: Tensor = opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows[0] : rows[1]]
         return found
 
-    def place(self, name: str) -> Place:
+    def extent(self, name: str) -> Extent:
         """Where a tensor's bytes lie."""
         file = self._file[name]
         if file not in self._ranges:
             self._ranges[file] = _ranges(file)
         dtype, shape = self.dtype(name), self.shape(name)
         begin, end = self._ranges[file].get(name, (0, -1))
-        found = Place(file, begin, dtype, shape)
+        found = Extent(file, begin, dtype, shape)
         if end - begin != found.nbytes:
             raise _changed(file)
         return found

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.checkpoint import Checkpoint, Place, TokenizerData
+from fewbit.checkpoint import Checkpoint, Extent, TokenizerData
 from fewbit.checkpoint._folder import read_json, tokenizer_data, weight_files
 from fewbit.checkpoint._foreign import scattered, unreadable
 from fewbit.checkpoint._safetensors import Shards
@@ -132,8 +132,8 @@ class CompressedTensors(Checkpoint):
             part: f"{name}{SPELLING[part]}" for part in parse(self.spec(name)).layout(self.shape(name), torch.float32)
         }
 
-    def places(self, name: str) -> dict[str, Place]:
-        return {part: self.shards.place(stored) for part, stored in self._stored(name).items()}
+    def extents(self, name: str) -> dict[str, Extent]:
+        return {part: self.shards.extent(stored) for part, stored in self._stored(name).items()}
 
     def assemble(self, name: str, stored: dict[str, Tensor]) -> QTensor:
         shape, spec, parts = self.shape(name), self.spec(name), dict(stored)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewbit.checkpoint import Checkpoint, Place, TokenizerData
+from fewbit.checkpoint import Checkpoint, Extent, TokenizerData
 from fewbit.checkpoint._folder import read_json, tokenizer_data, weight_files
 from fewbit.checkpoint._safetensors import Shards
 from fewbit.config_values import shown
@@ -57,8 +57,8 @@ class HuggingFace(Checkpoint):
         weight = self.shards.read(name, rows)
         return QTensor(self.spec(name), tuple(weight.shape), {"weight": weight})
 
-    def places(self, name: str) -> dict[str, Place]:
-        return {"weight": self.shards.place(name)}
+    def extents(self, name: str) -> dict[str, Extent]:
+        return {"weight": self.shards.extent(name)}
 
     def assemble(self, name: str, stored: dict[str, Tensor]) -> QTensor:
         return QTensor(self.spec(name), self.shape(name), stored)

@@ -103,7 +103,7 @@ class LanguageModel:
                 open_while_loading.callback(prepared.close)
             if progress:
                 read = _counted(read, progress, total)
-            weights = Weights(read, source.has, self.backends, ops, self.notes, prepared, self.device)
+            weights = Weights(read, source.has, self.backends, ops, self.notes, prepared, self.device, self.context)
             model = source.module.Model(source.args, weights)
             if prepared:
                 prepared.keep()
