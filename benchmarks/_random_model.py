@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from fewbit.checkpoint._safetensors import ShardWriter
 from fewbit.checkpoint._writer import Planned, quantization_config
 from fewbit.models.llama import args, weights
-from fewbit.random_models import SHAPES, random_model
+from fewbit.random_models import random_model
+from fewbit.shapes import SHAPES
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
