@@ -21,7 +21,7 @@ from fewbit.calibrated import BlockSolver, Goals, Line, Solved
 from fewbit.checkpoint import open_checkpoint
 from fewbit.checkpoint._writer import Planned, Writer
 from fewbit.errors import FewbitError
-from fewbit.fetching import Stored
+from fewbit.fetching import Fetcher, Stored
 from fewbit.formats import parse
 from fewbit.memory import card_free
 from fewbit.methods import Target, rtn
@@ -194,7 +194,7 @@ class Walk:
         if any(unit not in done for unit in blocks):
             # now, not after an hour; this also reads the whole source once
             for planned in self.units.values():
-                check_finite(self.source, planned)
+                check_finite(self.source, planned, self.device)
             self._preflight(hidden, sum(unit not in done for unit in blocks), reference is not None)
             sensitivity = self._sensitivity(windows) if self.settings.weighted else None
         for index, unit in enumerate(blocks):
@@ -325,8 +325,15 @@ class Walk:
         self._progress(0, 1, f"{found}")
 
 
-def check_finite(source: Source, planned: list[Planned]) -> None:
+def check_finite(source: Source, planned: list[Planned], device: torch.device) -> None:
     """FewbitError where a tensor of a unit holds NaN or infinity."""
+    if device.type == "cuda":
+        with Fetcher(source, [p.name for p in planned], device) as fetcher:
+            for p in planned:
+                w = parse(source.spec(p.name)).dequantize(fetcher.read(p.name))
+                if not torch.isfinite(w.sum()):
+                    _name_the_broken(p, w, None)
+        return
     for p in planned:
         for rows in _slices(p):
             w = parse(source.spec(p.name)).dequantize(source.read(p.name, rows))
