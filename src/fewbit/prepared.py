@@ -16,14 +16,14 @@ import mmap
 import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fewbit import __version__, store
+from fewbit.kept import begin, sizes, tidy, used
 from fewbit.kernels import Backend, KeepingBackend, Packed
 from fewbit.qtensor import QTensor
 from fewbit.store.layout_files import FORMAT, MAGIC, START, SUFFIX, UselessError, opened_layout, read_header
@@ -73,10 +73,10 @@ class PreparedLayouts:
         self._open = bool(self._backends) and sys.platform == "linux" and weight_bytes >= SMALL_BYTES
         if not self._open:
             return
-        used = [b.layout if isinstance(b, KeepingBackend) else b.name for b in backends]
+        layouts = [b.layout if isinstance(b, KeepingBackend) else b.name for b in backends]
         self.file = store.prepared_dir() / _file_name(model)
         try:
-            self._purpose = {"version": __version__, "backends": used, **_source(model)}
+            self._purpose = {"version": __version__, "backends": layouts, **_source(model)}
         except OSError as error:
             self.note = f"The prepared layout of this model is not kept: {error}."
             self._open = False
@@ -211,9 +211,7 @@ class PreparedLayouts:
             if names in found:
                 raise UselessError(f"{', '.join(names)} twice")
             found[names] = backend, packed
-        # the file used longest ago goes first
-        with suppress(OSError):
-            os.utime(self.file)
+        used(self.file)
         return found
 
     def _check(self, names: Names, packed: Packed) -> None:
@@ -230,12 +228,9 @@ class _Draft:
     """
 
     def __init__(self, folder: Path, most: int) -> None:
-        descriptor, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=folder)
-        self.path, self._file, self._end = Path(name), os.fdopen(descriptor, "r+b"), PAGE
-        self._size = self._end
+        self._file, self.path = begin(folder)
+        self._size = self._end = PAGE
         try:
-            # whoever can lock it knows that its writer is gone
-            _lock(self._file)
             self._file.truncate(most)
             self.memory = mmap.mmap(self._file.fileno(), most)
             self._file.truncate(self._end)
@@ -297,21 +292,7 @@ def _source(model: Path) -> dict[str, Any]:
 
 def _tidy(folder: Path, kept: Path) -> None:
     """Remove what killed processes left, what belongs to no source, and what was used longest ago beyond the limit."""
-    for left in folder.glob(".*.part"):
-        with suppress(OSError), left.open("rb") as opened:
-            _lock(opened)
-            left.unlink()
-    for file in folder.glob(f"*{SUFFIX}"):
-        if file != kept and not _has_source(file):
-            with suppress(OSError):
-                file.unlink()
-    limit, files = _limit(folder), sorted(_sizes(folder))
-    total = sum(nbytes for _, nbytes, _ in files)
-    for _, nbytes, file in files:
-        if total > limit and file != kept:
-            with suppress(OSError):
-                file.unlink()
-                total -= nbytes
+    tidy(folder, SUFFIX, kept, _limit(folder), _has_source)
 
 
 def _has_source(file: Path) -> bool:
@@ -324,25 +305,10 @@ def _has_source(file: Path) -> bool:
         return False
 
 
-def _sizes(folder: Path) -> Iterator[tuple[int, int, Path]]:
-    """(when it was used, bytes, file) of all files."""
-    for file in folder.glob(f"*{SUFFIX}"):
-        with suppress(OSError):
-            facts = file.lstat()
-            yield facts.st_mtime_ns, facts.st_size, file
-
-
 def _limit(folder: Path) -> int:
     """Bytes that all files together may take."""
-    held = sum(nbytes for _, nbytes, _ in _sizes(folder))
+    held = sum(nbytes for _, nbytes, _ in sizes(folder, SUFFIX))
     return min(MAX_BYTES, (shutil.disk_usage(folder).free + held) // 4)
-
-
-def _lock(file: Any) -> None:
-    """OSError where another process has it locked."""
-    import fcntl
-
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _wish_for_huge_pages(memory: mmap.mmap) -> None:

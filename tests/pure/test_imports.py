@@ -20,14 +20,15 @@ LOW = {"errors", "lookup", "qtensor"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "memory": set(),
+    "kept": set(),
     "lookup": {"errors"},
     "qtensor": {"errors"},
     "config_values": {"errors"},
     "store": {"errors", "lookup"},
     "formats": LOW,
     "methods": LOW | {"formats"},
-    "kernels": LOW | {"formats", "store"},
-    "prepared": {"qtensor", "store", "kernels"},
+    "kernels": LOW | {"formats", "store", "kept"},
+    "prepared": {"qtensor", "store", "kept", "kernels"},
     "layers": LOW | {"config_values", "formats", "kernels", "prepared"},
     "rotary": {"errors", "config_values"},
     "models": LOW | {"config_values", "formats", "kernels", "layers", "rotary"},
@@ -40,21 +41,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "source": LOW | {"formats", "models", "checkpoint", "store"},
     "shapes": set(),
     "random_models": LOW | {"formats", "models", "checkpoint", "source", "shapes"},
+    "scratch": set(),
+    "fetching": {"errors", "qtensor", "checkpoint", "scratch"},
     "origin": {"config_values", "checkpoint", "source"},
     "reference_cache": {"store", "scoring", "source"},
     "runtime": LOW | {"formats", "kernels", "layers", "models", "checkpoint", "tokenizer", "store", "source", "memory"},
-    "blocks": LOW | {"formats", "kernels", "layers", "source"},
+    "blocks": LOW | {"formats", "kernels", "layers", "source", "fetching"},
     "passes": LOW | {"methods", "blocks"},
     "feeds": LOW | {"methods", "source", "blocks"},
     "calibrated": LOW | {"formats", "methods", "source", "blocks", "feeds"},
-    "scratch": set(),
     "sensitivity": LOW | {"formats", "layers", "source", "blocks", "passes", "scratch"},
-    "preflight": LOW | {"formats", "methods", "source", "blocks", "passes", "sensitivity"},
+    "preflight": LOW | {"formats", "methods", "source", "blocks", "passes", "sensitivity", "memory"},
     "walk": LOW | {"formats", "methods", "checkpoint", "source", "blocks", "calibrated", "scratch", "sensitivity"},
 }
-MAY_IMPORT["walk"] |= {"preflight", "passes"}
+MAY_IMPORT["walk"] |= {"preflight", "passes", "memory", "fetching"}
 MAY_IMPORT["companions"] = {"checkpoint", "source", "tokenizer"}
-MAY_IMPORT["runtime"] |= {"prepared", "random_models"}
+MAY_IMPORT["runtime"] |= {"prepared", "random_models", "fetching"}
 MAY_IMPORT["self_calibration"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
 MAY_IMPORT["quantizer"] = MAY_IMPORT["walk"] | {"walk", "models", "tokenizer", "store", "calibration"}
 MAY_IMPORT["quantizer"] |= {"self_calibration", "companions"}
@@ -80,7 +82,7 @@ TOP = {"__init__", "cli"}
 NATIVE = "_cpu"
 OTHERS = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "regex", "altair", "vl_convert", "cuda"}
 # what one part alone may use
-ALONE = {"rich": "cli", "huggingface_hub": "store"}
+ALONE = {"rich": "cli", "huggingface_hub": "store", "triton": "kernels"}
 
 
 def part(path: Path) -> str:

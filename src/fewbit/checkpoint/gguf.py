@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Final, NoReturn, overload
 import torch
 
 from fewbit import formats
-from fewbit.checkpoint import Checkpoint, TokenizerData, _gguf_tokenizer
+from fewbit.checkpoint import Checkpoint, Extent, TokenizerData, _gguf_tokenizer
 from fewbit.errors import FewbitError
 from fewbit.lookup import nearest
 from fewbit.qtensor import QTensor
@@ -255,7 +255,8 @@ class Gguf(Checkpoint):
         """The tensor as a view of the file, or the rows [start, stop) of its first axis."""
         spec, entry = self.spec(name), self._entry(name)
         # every readable type is one part
-        ((part, (dtype, shape)),) = formats.parse(spec).layout(entry.shape, torch.float32).items()
+        ((part, place),) = self.extents(name).items()
+        dtype, shape = place.dtype, place.shape
         stored = torch.frombuffer(self._data, dtype=dtype, count=prod(shape), offset=entry.start).view(shape)
         if rows is None:
             return QTensor(spec, entry.shape, {part: stored})
@@ -263,6 +264,16 @@ class Gguf(Checkpoint):
         if len(shape) < 2 or not 0 <= start < stop <= shape[0]:
             raise ValueError(f"{name} of shape {entry.shape} has no rows {start} to {stop}")
         return QTensor(spec, (stop - start, *entry.shape[1:]), {part: stored[start:stop]})
+
+    def extents(self, name: str) -> dict[str, Extent]:
+        """The tensor's bytes as they are."""
+        entry = self._entry(name)
+        layout = formats.parse(self.spec(name)).layout(entry.shape, torch.float32)
+        return {part: Extent(self.path, entry.start, dtype, shape) for part, (dtype, shape) in layout.items()}
+
+    def assemble(self, name: str, stored: dict[str, torch.Tensor]) -> QTensor:
+        """The tensor of its bytes."""
+        return QTensor(self.spec(name), self.shape(name), stored)
 
     def tokenizer(self) -> TokenizerData:
         """The tokenizer in the metadata, as a tokenizer.json."""
