@@ -66,9 +66,11 @@ class Fetcher:
         self._pieces = {name: [_cut(place) for place in found.values()] for name, found in self._places.items()}
         self._todo = deque(p for name in names for pieces in self._pieces[name] for p in pieces)
         count = min(PIECES, len(self._todo))
-        # on the border of a page, as a slot is pinned when it is first used: pinning all would take as long as reading
+        # on the border of a page, as slots are pinned one by one, when they are filled again: that takes longer than
+        # copying them once
         memory = mmap.mmap(-1, (count + 1) * PIECE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._ring = torch.frombuffer(memory, dtype=torch.uint8).view(count + 1, PIECE_BYTES)
+        self._filled: set[int] = set()
         self._unpin: dict[int, Callable[[], None]] = {}
         # slots to be written, with what the card must have done before; one is kept for the thread that asks
         self._free: deque[tuple[int, Any]] = deque((i, None) for i in range(count))
@@ -123,10 +125,11 @@ class Fetcher:
 
     def _fill_one(self, piece: _Piece, slot: int, done: Any) -> None:
         try:
-            if slot not in self._unpin:
-                self._unpin[slot] = pin(self._ring[slot], self.device)
             if done is not None:
                 done.synchronize()
+            if slot in self._filled and slot not in self._unpin:
+                self._unpin[slot] = pin(self._ring[slot], self.device)
+            self._filled.add(slot)
             _read(self._opened(piece.file), piece, self._ring[slot, : piece.count])
         except Exception as error:  # noqa: BLE001
             # whoever asked for it raises it

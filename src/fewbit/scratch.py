@@ -34,7 +34,10 @@ def pin(memory: Tensor, device: torch.device) -> Callable[[], None]:
     if device.type != "cuda" or not memory.nbytes:
         return lambda: None
     runtime = torch.cuda.cudart()
-    if int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)):
+    # a new thread's current card is the first one
+    with torch.cuda.device(device):
+        refused = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if refused:
         with suppress(RuntimeError):
             # the driver's last error would be taken for that of the next kernel
             torch.zeros(1, device=device)

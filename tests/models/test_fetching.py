@@ -60,6 +60,9 @@ def test_what_is_fetched_is_what_is_read(source: Source, order: str) -> None:
     asked = {"planned": planned, "backwards": planned[::-1], "every second": planned[1::2]}[order]
     with Fetcher(source, planned, CPU) as fetcher:
         assert all(same(fetcher.read(name), source.read(name)) for name in asked)
+        if len(asked) == len(planned):
+            # every slot is there to be written again but the one that is kept
+            assert len(fetcher._free) == len(fetcher._ring) - 1
         # a second time, and what was never planned
         assert same(fetcher.read(asked[0]), source.read(asked[0]))
     with Fetcher(source, planned[:1], CPU) as fetcher:

@@ -81,6 +81,9 @@ def test_a_plan_counts_what_the_reference_widens(with_triton: bool, have: Any, m
     on_card, on_cpu = plan(narrow, 1024, False, HALF), plan(narrow, 1024, False, HALF, on_card=False)
     assert on_card.weights - on_cpu.weights == (0 if with_triton else 4 * linears - stored)
     same = plan(whole, 1024, False, HALF)
+    head = plan(random_model("smollm2-135m", "int4g48"), 1024, False, HALF)
+    # dequantized beside its place, the embedding is the largest
+    assert head.workspace - same.workspace == (0 if with_triton else 3 * 49152 * 576)
     assert same.weights == plan(whole, 1024, False, HALF, on_card=False).weights
     # one scattered matrix takes those along that are stacked with it: q, k and v (and o, which is as wide)
     monkeypatch.setattr(type(whole.checkpoint), "scattered", lambda *asked: asked[-1] == first)
