@@ -314,8 +314,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "other kind": ({"model": "rwkv"}, "'rwkv'"),
     "no pre": ({"pre": None}, "names no pre-tokenizer"),
-    "unknown pre": ({"pre": "qwen3"}, "smollm, starcoder"),
-    "pre of another type": ({"pre": ["gpt-2"]}, "smollm, starcoder"),
+    "unknown pre": ({"pre": "qwen3"}, "smollm, solar-open"),
+    "pre of another type": ({"pre": ["gpt-2"]}, "smollm, solar-open"),
     "no tokens": ({"tokens": None}, "tokens is not an array of strings"),
     "empty tokens": ({"tokens": []}, "tokens is not an array of strings"),
     "numbers for tokens": ({"tokens": [1, 2, 3]}, "tokens is not an array of strings"),
@@ -351,7 +351,6 @@ def charsmap() -> bytes:
     trie[0] = 256 << 10
     # the child for A; its value lies at its own place ^ 512, reached by the label 0
     child = 256 ^ ord("A")
-    trie[child] = (child ^ 512) << 10 ^ 0 | ord("A") | 1 << 8
     trie[child] = 512 << 10 | ord("A") | 1 << 8
     trie[child ^ 512] = 1 << 31 | 0
     return struct.pack("<I1024I", 4096, *trie) + b"xy\0"
