@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fewbit.errors import FewbitError
+from fewbit.gguf_parts import all_parts
 from fewbit.lookup import advice
 
 
@@ -97,9 +98,9 @@ def prepared_bytes() -> int:
 
 
 def content_files(model: Path) -> list[Path]:
-    """The files that decide what a model computes: all weights and all settings of a folder, or the one file."""
+    """What decides what a model computes: all weights and all settings of a folder, or a file and its parts."""
     if model.is_file():
-        return [model]
+        return [part for part in all_parts(model) if part.is_file()]
     return sorted(f for f in model.iterdir() if f.suffix in (".safetensors", ".json") and f.is_file())
 
 
