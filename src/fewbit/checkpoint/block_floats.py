@@ -47,9 +47,7 @@ class BlockFloats(Checkpoint):
             stem, _, last = stored.rpartition(".")
             if stored.endswith(BLOCKS) and stored.removesuffix(BLOCKS) + EXPONENTS in self.shards:
                 self._names.append(stored.removesuffix(BLOCKS))
-            elif stored.endswith(EXPONENTS) and stored.removesuffix(EXPONENTS) + BLOCKS in self.shards:
-                continue
-            elif last in (*SCALES, "input_scale", "activation_scale") and f"{stem}.weight" in self.shards:
+            elif (stored.endswith(EXPONENTS) and stored.removesuffix(EXPONENTS) + BLOCKS in self.shards) or (last in (*SCALES, "input_scale", "activation_scale") and f"{stem}.weight" in self.shards):
                 continue
             else:
                 self._names.append(stored)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fewbit.checkpoint import Checkpoint, TokenizerData, _eight_bits
-from fewbit.checkpoint._folder import read_json, tokenizer_data, weight_files
 from fewbit.checkpoint._eight_bits import EightBits
+from fewbit.checkpoint._folder import read_json, tokenizer_data, weight_files
 from fewbit.checkpoint._foreign import scattered, unreadable
 from fewbit.checkpoint._safetensors import Shards
 from fewbit.checkpoint._schemes import Scheme, Schemes

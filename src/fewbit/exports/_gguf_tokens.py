@@ -73,11 +73,15 @@ def _sentencepiece(data: TokenizerData, model: dict[str, Any], common: dict[str,
     tokens: Any = common["tokenizer.ggml.tokens"]
     kinds: Any = common["tokenizer.ggml.token_type"]
     byte = re.compile(r"<0x[0-9A-F]{2}>")
-    kinds = [BYTE if kind == NORMAL and byte.fullmatch(text) else kind for text, kind in zip(tokens, kinds, strict=True)]
+    kinds = [
+        BYTE if kind == NORMAL and byte.fullmatch(text) else kind for text, kind in zip(tokens, kinds, strict=True)
+    ]
     unknown = model.get("unk_token")
     kinds = [UNKNOWN if text == unknown else kind for text, kind in zip(tokens, kinds, strict=True)]
     # what no merge makes comes after all that merges make
-    scores = [-float(rank.get(text, len(rank))) if kind == NORMAL else 0.0 for text, kind in zip(tokens, kinds, strict=True)]
+    scores = [
+        -float(rank.get(text, len(rank))) if kind == NORMAL else 0.0 for text, kind in zip(tokens, kinds, strict=True)
+    ]
     found = common | {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"}
     found |= {"tokenizer.ggml.token_type": kinds, "tokenizer.ggml.scores": scores}
     expected = Tokenizer(data).encode(NASTY, bos=False)

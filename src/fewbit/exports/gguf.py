@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fewbit
 from fewbit.checkpoint._gguf_writer import GgufTensor, GgufWriter, Value
+from fewbit.checkpoint._writer import Planned
 from fewbit.errors import FewbitError
 from fewbit.exports import Summary, _gguf_metadata, _gguf_tokens
 from fewbit.exports._ggml_mapping import keeps_codes, mapped
@@ -27,7 +28,6 @@ from fewbit.models import WeightInfo
 from fewbit.qtensor import QTensor
 from fewbit.source import FLOATS, Source
 from fewbit.walk import Progress, quantized
-from fewbit.checkpoint._writer import Planned
 
 LAYOUT = "gguf"
 # type -> (spec, general.file_type): llama_ftype of llama.h
