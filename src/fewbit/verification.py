@@ -140,13 +140,7 @@ def verify(
             continue
         say(f"running the export with {engine.name}")
         try:
-            check = _compared(engine, ours, engines.run(engine, python, job), expected)
-            if check.activation_bits == 8 and 4 * describe_source(open_source(path)).parameters <= TWIN_BYTES:
-                say(f"running its float32 twin with {engine.name}")
-                check = _with_twin(
-                    check, path, lambda twin: engines.run(engine, python, job | {"model": str(twin)}), ours
-                )
-            found.append(check)
+            found.append(_asked(engine, python, job, ours, expected, say))
         except FewbitError as e:
             found.append(Check(engine.name, error=e.facts))
     kl = None
@@ -207,10 +201,22 @@ def _compared(engine: Engine, ours: Reference, answer: engines.Answer, expected:
     return Check(engine.name, answer.version, answer.activation_bits, kl, gap, same, limit, tokens_differ=differ)
 
 
-def _with_twin(check: Check, path: Path, run: Callable[[Path], engines.Answer], ours: Reference) -> Check:
-    """The engine on a file of the same weights in float32: what is left is not the rounding of activations."""
-    with tempfile.TemporaryDirectory(prefix=".verify-", dir=path.absolute().parent) as work:
+def _asked(
+    engine: Engine,
+    python: str,
+    job: dict[str, Any],
+    ours: Reference,
+    expected: list[list[int]],
+    say: Callable[[str], None],
+) -> Check:
+    """What an engine makes of the export and, where it rounds activations to 8 bits, of its weights in float32."""
+    check = _compared(engine, ours, engines.run(engine, python, job), expected)
+    path = Path(job["model"])
+    if check.activation_bits != 8 or 4 * describe_source(open_source(path)).parameters > TWIN_BYTES:
+        return check
+    say(f"running its float32 twin with {engine.name}")
+    with tempfile.TemporaryDirectory(prefix=".verify-", dir=path.parent) as work:
         twin = Path(work) / "twin.gguf"
         export(path, twin, to="gguf", type="f32")
-        kl, gap, _ = compare(ours.logprobs, run(twin).logprobs)
+        kl, gap, _ = compare(ours.logprobs, engines.run(engine, python, job | {"model": str(twin)}).logprobs)
     return replace(check, twin_kl=kl, twin_gap=gap)

@@ -46,7 +46,10 @@ class EightBits:
 def plan(
     shards: Shards, name: str, scale: str, block: tuple[int, int] | None = None, bits: int = 8, zero: str | None = None
 ) -> EightBits:
-    """How a matrix lies, from the header; `block` is what the config says of blocks. FewbitError where it does not fit."""
+    """How a matrix lies, from the header; `block` is what the config says of blocks.
+
+    FewbitError where its parts do not fit together.
+    """
     shape, kind = shards.shape(name), shards.dtype(name)
     found = shards.shape(scale) if scale in shards else None
     if found is None or len(shape) != 2 or min(shape) <= 0 or kind not in (FLOAT, INTEGER):

@@ -1,7 +1,7 @@
 """Writes a GGUF file (version 3, little endian) tensor by tensor, under another name until it is whole.
 
-The layout is drawn in `_gguf_file`. Sizes and offsets follow from names, types and shapes, so the header comes first and the
-data after it in order.
+The layout is drawn in `_gguf_file`. Sizes and offsets follow from names, types and shapes, so the header comes first
+and the data after it in order.
 """
 
 from __future__ import annotations

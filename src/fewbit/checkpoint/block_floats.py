@@ -26,6 +26,8 @@ from fewbit.qtensor import QTensor
 METHODS = ("fp8", "mxfp4")
 SCALES = ("weight_scale_inv", "weight_scale")
 BLOCKS, EXPONENTS = "_blocks", "_scales"
+# what engines round activations by
+OF_INPUTS = ("input_scale", "activation_scale")
 
 
 def matches(path: Path) -> bool:
@@ -41,16 +43,16 @@ class BlockFloats(Checkpoint):
         self.config: dict[str, Any] = read_json(path / "config.json")
         self.shards = Shards(weight_files(path))
         self._block = _block_size(settings)
-        # what belongs to another tensor has no name of its own
-        self._names: list[str] = []
-        for stored in self.shards.home:
-            stem, _, last = stored.rpartition(".")
-            if stored.endswith(BLOCKS) and stored.removesuffix(BLOCKS) + EXPONENTS in self.shards:
-                self._names.append(stored.removesuffix(BLOCKS))
-            elif (stored.endswith(EXPONENTS) and stored.removesuffix(EXPONENTS) + BLOCKS in self.shards) or (last in (*SCALES, "input_scale", "activation_scale") and f"{stem}.weight" in self.shards):
-                continue
-            else:
-                self._names.append(stored)
+        self._names = [name for stored in self.shards.home if (name := self._logical(stored))]
+
+    def _logical(self, stored: str) -> str | None:
+        """The name of the tensor that a stored one is the main part of; None for what belongs to another."""
+        stem, _, last = stored.rpartition(".")
+        if stored.endswith(BLOCKS) and stored.removesuffix(BLOCKS) + EXPONENTS in self.shards:
+            return stored.removesuffix(BLOCKS)
+        microscale = stored.endswith(EXPONENTS) and stored.removesuffix(EXPONENTS) + BLOCKS in self.shards
+        scale = last in (*SCALES, *OF_INPUTS) and f"{stem}.weight" in self.shards
+        return None if microscale or scale else stored
 
     def names(self) -> list[str]:
         return list(self._names)

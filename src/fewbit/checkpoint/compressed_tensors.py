@@ -1,4 +1,4 @@
-"""compressed-tensors folders: `pack-quantized`, fewbit's wider spelling of the same idea, and 8-bit numbers as they are.
+"""compressed-tensors folders: `pack-quantized`, fewbit's wider spelling of the same idea, and plain 8-bit numbers.
 
 A matrix `x.weight` [N, K] lies as `x.weight_packed` int32, `x.weight_scale`, `x.weight_shape` int64 [2] and, where it
 is asymmetric, `x.weight_zero_point`; older folders with activation order give each column's group in `x.weight_g_idx`.

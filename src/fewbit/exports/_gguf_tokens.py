@@ -118,8 +118,7 @@ def _tokens(document: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
 def _special(data: TokenizerData, model: dict[str, Any], tokens: list[str], config: dict[str, Any]) -> dict[str, Value]:
     """Ids with a meaning."""
     ids: dict[str, Any] = {"padding": config.get("pad_token_id"), "bos": data.bos_token_id}
-    for name, found in zip(("eos", "eot"), data.eos_token_ids, strict=False):
-        ids[name] = found
+    ids |= dict(zip(("eos", "eot"), data.eos_token_ids, strict=False))
     if isinstance(model.get("unk_token"), str) and model["unk_token"] in tokens:
         ids["unknown"] = tokens.index(model["unk_token"])
     return {

@@ -56,7 +56,7 @@ class Fp8(Format):
 
 
 class MxFp4(Format):
-    """Parts: packed uint8 [..., in / 2]; scale uint8 [..., in / 32], exponents above -127. Any number of leading axes."""
+    """Parts: packed uint8 [..., in / 2]; scale uint8 [..., in / 32], exponents above -127. Leading axes are free."""
 
     spec = "mxfp4"
 
@@ -79,7 +79,8 @@ class MxFp4(Format):
     def value(self, codes: Tensor, params: Params) -> Tensor:
         """number * 2^(scale - 127); a scale of 255 is NaN."""
         numbers = torch.tensor(HALVES, dtype=torch.float32, device=codes.device)[codes.int()]
-        return numbers.unflatten(1, (-1, MX_BLOCK)).mul_(_powers(params["scale"])[..., None]).flatten(1)
+        w: Tensor = numbers.unflatten(1, (-1, MX_BLOCK)).mul_(_powers(params["scale"])[..., None])
+        return w.flatten(1)
 
     def tabled(self, q: QTensor) -> Tabled:
         """Twice the numbers, and half the scales."""
