@@ -108,8 +108,10 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 def test_another_that_was_faster_stays(tmp_path: Path) -> None:
     path, found = tmp_path / "m.gguf", tensors()
-    with pytest.raises(FewbitError, match="exists already"), GgufWriter(path, {}, [found["f16"][0]]) as writer:
-        writer.write("f16", found["f16"][1])
-        path.write_text("theirs")
+    writer = GgufWriter(path, {}, [found["f16"][0]]).__enter__()
+    writer.write("f16", found["f16"][1])
+    path.write_text("theirs")
+    with pytest.raises(FewbitError, match="exists already"):
+        writer.__exit__(None, None, None)
     assert path.read_text() == "theirs"
     assert len(list(tmp_path.iterdir())) == 1
