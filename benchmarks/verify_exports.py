@@ -2,7 +2,7 @@
 
     python benchmarks/verify_exports.py MODEL [--python VENV/bin/python ...] [--only gguf gptq ...] [--work DIR]
 
-MODEL is a full-precision folder. Exported are GGUF files of every type, folders of compressed-tensors, GPTQ and AWQ
+MODEL is an alias or a path, best in full precision. Exported are GGUF files of every type, folders of compressed-tensors, GPTQ and AWQ
 (rounded to nearest, and from a quantized folder without loss), each verified in every engine found. `make verify` makes
 the environments. The mark: no engine that is there disagrees, and each layout was run by one at least.
 """
@@ -26,7 +26,7 @@ FOLDERS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model")
     parser.add_argument("--python", action="append", default=[])
     parser.add_argument("--only", nargs="*", default=["gguf", "compressed-tensors", "gptq", "awq"])
     parser.add_argument("--types", nargs="*", default=TYPES)
@@ -47,10 +47,10 @@ def main() -> None:
             failed += len(found.failed)
     marks = [Mark("engines that disagree or fail", failed, 0)]
     marks += [Mark(f"{to}: layouts that no engine ran", float(not count), 0) for to, count in ran.items()]
-    finish("verify-exports", marks, {"model": str(args.model)})
+    finish("verify-exports", marks, {"model": args.model})
 
 
-def _export(model: Path, out: Path, to: str, kind: str, work: Path) -> fewbit.exports.Summary:
+def _export(model: str, out: Path, to: str, kind: str, work: Path) -> fewbit.exports.Summary:
     if to == "gguf":
         return fewbit.export(model, out, to=to, type=kind)
     quantized = work / kind

@@ -21,6 +21,7 @@ from fewbit.runtime.cache import Sequence
 from fewbit.source import open_source
 from tests.conftest import write_folder
 from tests.models.test_export_gguf import with_merges
+from tests.pure.test_foreign_folders import LINEAR, foreign_folder, gptq_parts, gptq_said
 
 IDS = torch.randint(256, (40,), generator=torch.Generator().manual_seed(3)).tolist()
 PEERS = Path(__file__).parents[2] / "benchmarks" / "_peer_folders.py"
@@ -120,6 +121,19 @@ def test_what_is_refused_leaves_nothing(folder: Path) -> None:
     for to in ("gptq", "compressed-tensors", "gguf"):
         with pytest.raises(FewbitError, match="exists already"):
             fewbit.export(folder, out, to=to, **({} if to == "gguf" else {"method": "rtn"}))
+
+
+def test_scattered_groups_go_where_they_can_be_told(tmp_path: Path) -> None:
+    source = foreign_folder(tmp_path / "m", gptq_said(desc_act=True), gptq_parts, shuffled=True)
+    with_merges(source.path)
+    for to in ("awq", "compressed-tensors"):
+        with pytest.raises(FewbitError, match=r"scattered columns.*\n.*--to gptq"):
+            fewbit.export(source.path, tmp_path / "out", to=to)
+    assert fewbit.export(source.path, tmp_path / "g", to="gptq").exact
+    assert json.loads((tmp_path / "g" / "config.json").read_text())["quantization_config"]["desc_act"] is True
+    assert torch.equal(values(tmp_path / "g")[f"{LINEAR}.weight"], source.weights[f"{LINEAR}.weight"])
+    summary = fewbit.export(source.path, tmp_path / "m.gguf", to="gguf", type="q8_0")
+    assert any("rounded twice: int4g32 to q8_0" in text for text in summary.notes)
 
 
 TYPES = {
