@@ -1,0 +1,341 @@
+// Many tokens times packed weights on a Hopper card: out[token][row] = sum over columns of x[token][column] * w[row][column].
+//
+// The transposed product is computed: weights are operand A, whose registers packed tiles already have the order of; they
+// become halves there, scaled. Activations are operand B, in shared memory. A block has 256 rows x NT tokens: two groups
+// of four warps, each warp with 32 rows, and a third group of which one warp brings the tiles into a ring of STAGES. While
+// the matrix units multiply 32 columns the next 32 become halves. KS blocks, a cluster, share the columns of a tile and
+// add their sums up in each other's memory, in the order of their ranks.
+//
+// x lies as [columns / 64][tokens, filled up to eights][64] halves: of 32 columns the pairs 4 * thread + member lie as
+// 4 * member + thread, which is the order operand A has them in; then the 16-byte words of a token's 64 are exchanged, word
+// w to w ^ token % 8, which is how the matrix units want them (see `described`). So a stage's part of x is one stretch.
+//
+// Defined by whoever compiles: what tiles.cuh wants; NT (64 or 128); STAGES; KS (1, 2, 4 or 8); SKEW (tiles that the
+// second group stays behind the first, so that one writes while the other multiplies); GATED (0, or 1: out = silu(first
+// 16 rows of a tile) * last 16).
+#include "tiles.cuh"
+#include "wgmma_units.cuh"
+
+#define GROUPS_OF_WARPS 2
+#define WARPS (4 * GROUPS_OF_WARPS)
+#define THREADS (32 * (WARPS + 4))
+// bytes of a stage
+#define X_BYTES (NT * 256)
+#define SCALES_AT (X_BYTES + WARPS * CODE_BYTES)
+#define TILE_SCALES (SPAN ? GROUPS * SCALE_BYTES : 0)
+#define TILE_SHIFTS (SPAN ? GROUPS * SHIFT_BYTES : 0)
+#define SHIFTS_AT (SCALES_AT + WARPS * TILE_SCALES)
+#define STAGE_BYTES ((SHIFTS_AT + WARPS * TILE_SHIFTS + 1023) / 1024 * 1024)
+// floats between two tokens of a warp's sums: no two threads in one bank
+#define PITCH 36
+#define ROOM_BYTES (WARPS * 8 * PITCH * 4)
+
+struct Output {
+    const float* token_scales;  // or null: all 1
+    const float* add;           // or null; laid out as out is
+    float* out;
+    int stride;                 // between tokens
+    int rows;                   // of the matrix
+    int pair;                   // 0, or the rows of each of two matrices whose rows lie 16 and 16 in turn
+};
+
+struct Task {
+    Weights weights;
+    const char* x;
+    Output output;
+    int blocks, tiles, tokens;
+    float by;  // weights are multiplied by it, results divided
+
+    __device__ __forceinline__ int padded() const { return (tokens + 7) / 8 * 8; }
+    __device__ __forceinline__ int across() const { return (tokens + NT - 1) / NT; }
+    __device__ __forceinline__ int count() const { return (blocks + WARPS - 1) / WARPS * across(); }
+    __device__ __forceinline__ int first_tile(int rank) const { return (int)((u64)tiles * rank / KS); }
+};
+
+// Where a walk round the ring has come.
+struct Place {
+    int slot = 0, phase = 0;
+    __device__ __forceinline__ void next() {
+        if (++slot == STAGES) slot = 0, phase ^= 1;
+    }
+};
+
+struct Ring {
+    char* stages;
+    u64* full;
+    u64* empty;
+};
+
+__device__ __forceinline__ void bring(const Task& task, const Ring& ring, int rank) {
+    int lane = threadIdx.x % 32;
+    Place at;
+    for (int i = blockIdx.x / KS; i < task.count(); i += gridDim.x / KS) {
+        int first = i % task.across() * NT, block = i / task.across() * WARPS + lane;
+        int bytes = min(NT, task.padded() - first) * 128;
+        u64 row = (u64)min(block, task.blocks - 1) * task.tiles;
+        for (int tile = task.first_tile(rank); tile < task.first_tile(rank + 1); ++tile, at.next()) {
+            wait_for(ring.empty + at.slot, at.phase ^ 1);
+            char* stage = ring.stages + at.slot * STAGE_BYTES;
+            u64* full = ring.full + at.slot;
+            if (lane == 0) arrive_expecting(full, 2 * bytes + WARPS * (CODE_BYTES + TILE_SCALES + TILE_SHIFTS));
+            __syncwarp();
+            if (lane < WARPS) {
+                copy_bulk(stage + X_BYTES + lane * CODE_BYTES, task.weights.codes + (row + tile) * CODE_BYTES, CODE_BYTES, full);
+                if (TILE_SCALES)
+                    copy_bulk(stage + SCALES_AT + lane * TILE_SCALES, task.weights.scales + (row + tile) * TILE_SCALES, TILE_SCALES, full);
+                if (TILE_SHIFTS)
+                    copy_bulk(stage + SHIFTS_AT + lane * TILE_SHIFTS, task.weights.shifts + (row + tile) * TILE_SHIFTS, TILE_SHIFTS, full);
+            } else if (lane < WARPS + 2) {
+                int half = lane - WARPS;
+                copy_bulk(stage + half * NT * 128, task.x + ((u64)(2 * tile + half) * task.padded() + first) * 128, bytes, full);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ u32 twice(float v) { return half2_of(v, v); }
+__device__ __forceinline__ float power_of_two(int n) { return __uint_as_float((u32)(127 + n) << 23); }
+
+// What makes weights of a thread's codes, for its four rows: (code * 2^(at - 9) + less) * scale + more.
+struct Steps {
+    u32 scale[4], less[4], more[4];
+
+    __device__ __forceinline__ void load(const char* scales, const char* shifts, int at, float by) {
+        Scale s;
+        Shift t;
+        s.load(scales, at);
+        t.load(shifts, at);
+#pragma unroll
+        for (int four = 0; four < 4; ++four) {
+            int raised = Codes<BITS>::at(four) - 9;
+            scale[four] = twice(s.get(four) * (by * power_of_two(-raised)));
+            less[four] = twice(((SHIFTS == 1 ? t.get(four) : 0.0f) - CENTRE) * power_of_two(raised));
+            more[four] = twice(t.get(four) * by);
+        }
+    }
+    // codes as unpack gives them, subnormal halves code * 2^(at - 24); exact up to the last step
+    __device__ __forceinline__ void apply(u32* pairs) const {
+        const u32 raise = 0x78007800;
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            int four = i / 8 * 2 + i % 2;
+            u32 v = fma2(pairs[i], raise, less[four]);
+            pairs[i] = SHIFTS == 2 ? fma2(v, scale[four], more[four]) : mul2(v, scale[four]);
+        }
+    }
+};
+
+// [first or last 16 of a warp's rows][64 rows x NT tokens of the four warps as the matrix unit has them]
+typedef float Sums[2][NT / 2];
+
+// One stage. `before`: the barrier of the stage before it, once its products are done.
+__device__ __forceinline__ void add_tile(Sums& sums, const char* stage, const Steps& of_row, int warp, bool more, u64* before,
+                                         float by) {
+    int lane = threadIdx.x % 32;
+    u32 words[4 * BITS];
+#pragma unroll
+    for (int c = 0; c < BITS; ++c) {
+        uint4 v = *(const uint4*)(stage + X_BYTES + warp * CODE_BYTES + c * 512 + lane * 16);
+        words[4 * c] = v.x; words[4 * c + 1] = v.y; words[4 * c + 2] = v.z; words[4 * c + 3] = v.w;
+    }
+    u64 x = described(stage);
+    Steps steps = of_row;
+    u32 pairs[2][16];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        constexpr int span = SPAN ? SPAN : 128;
+        if (SPAN && 32 * j % span == 0) {
+            int g = 32 * j / span;
+            steps.load(stage + SCALES_AT + warp * TILE_SCALES + g * SCALE_BYTES,
+                       stage + SHIFTS_AT + warp * TILE_SHIFTS + g * SHIFT_BYTES, lane / 4, by);
+        }
+        u32* now = pairs[j % 2];
+        Codes<BITS>::unpack(words + BITS * j, now);
+        steps.apply(now);
+        products_begin();
+#pragma unroll
+        for (int p = 0; p < 2; ++p)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                multiply_async<NT>(sums[h], now + 8 * h + 4 * p, x + (j / 2 * NT * 128 + j % 2 * 64 + p * 32) / 16,
+                                   more || j + p > 0);
+        products_end();
+        products_wait<1>();
+        if (j == 0 && more && lane == 0) arrive(before);
+    }
+}
+
+__device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }
+
+struct Writer {
+    const Output& o;
+    float* room;  // of this warp
+    int block, first, tokens;
+    float inverse;
+
+    // four rows of a token from `row` of the warp's on
+    __device__ __forceinline__ void store(int token, int r, float4 v) const {
+        int row = 32 * block + r, end = o.rows;
+        u64 to = (u64)token * o.stride;
+        if (GATED) row = 16 * block + r, end = o.pair;
+        else if (o.pair) {
+            row = 16 * block + r % 16;
+            end = o.pair;
+            to += r < 16 ? 0 : o.pair;
+        }
+        if (row >= end) return;
+        to += row;
+        float* out = o.out + to;
+        const float* add = o.add ? o.add + to : nullptr;
+        if (row + 4 <= end && (u64)out % 16 == 0 && (u64)add % 16 == 0) {
+            if (add) {
+                float4 a = *(const float4*)add;
+                v.x += a.x; v.y += a.y; v.z += a.z; v.w += a.w;
+            }
+            *(float4*)out = v;
+            return;
+        }
+        const float four[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (row + i < end) out[i] = (add ? add[i] : 0.0f) + four[i];
+    }
+
+    // tokens 8 n .. 8 n + 8
+    __device__ __forceinline__ void eight(const Sums& sums, int n) const {
+        int lane = threadIdx.x % 32, start = first + 8 * n;
+        if (start >= tokens) return;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            int slot = lane % 4 * 2 + e;
+            float factor = inverse;
+            if (o.token_scales) factor *= o.token_scales[min(start + slot, tokens - 1)];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float low = sums[0][n * 4 + 2 * i + e] * factor, high = sums[1][n * 4 + 2 * i + e] * factor;
+                float* to = room + slot * PITCH + 8 * i + lane / 4;
+                to[0] = GATED ? silu(low) * high : low;
+                if (!GATED) to[16] = high;
+            }
+        }
+        __syncwarp();
+        constexpr int lanes = GATED ? 4 : 8;
+#pragma unroll
+        for (int u = 0; u < lanes / 4; ++u) {
+            int slot = u * (32 / lanes) + lane / lanes, r = lane % lanes * 4;
+            float4 v = *(const float4*)(room + slot * PITCH + r);
+            if (start + slot < tokens) store(start + slot, r, v);
+        }
+        __syncwarp();
+    }
+};
+
+#if KS > 1
+// A block keeps the sums of NT / KS tokens: its own, and those of the others, which lie in its ring.
+__device__ __forceinline__ void share(const Sums& sums, float* room, int rank) {
+    constexpr int each = NT / 8 / KS;
+    int thread = threadIdx.x - 128;
+#pragma unroll
+    for (int d = 0; d < KS; ++d) {
+        if (d == rank) continue;
+        float* to = room + (u64)(rank < d ? rank : rank - 1) * each * 8 * 32 * WARPS + thread;
+#pragma unroll
+        for (int n = 0; n < each; ++n)
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                store_there(to + (n * 8 + i) * 32 * WARPS, d, sums[i / 4][(d * each + n) * 4 + i % 4]);
+    }
+}
+__device__ __forceinline__ void gather(Sums& sums, const float* room, int d) {
+    constexpr int each = NT / 8 / KS;
+    int thread = threadIdx.x - 128;
+#pragma unroll
+    for (int s = 0; s < KS - 1; ++s)
+#pragma unroll
+        for (int n = 0; n < each; ++n)
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                sums[i / 4][(d * each + n) * 4 + i % 4] += room[((s * each + n) * 8 + i) * 32 * WARPS + thread];
+}
+#endif
+
+__device__ __forceinline__ void use(const Task& task, const Ring& ring, float* rooms, int rank) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4;
+    bool second = warp >= 4;
+    int steps_ahead = SKEW;
+    Place at;
+    if (SKEW && second && blockIdx.x / KS < task.count()) meet(1, 256);
+    for (int i = blockIdx.x / KS; i < task.count(); i += gridDim.x / KS) {
+        int first = i % task.across() * NT, block = i / task.across() * WARPS + warp;
+        Sums sums;
+        Steps of_row;
+        if (SPAN == 0) {
+            u64 b = (u64)min(block, task.blocks - 1);
+            of_row.load(task.weights.scales + b * SCALE_BYTES, task.weights.shifts + b * SHIFT_BYTES, lane / 4, task.by);
+        }
+        int start = task.first_tile(rank), stop = task.first_tile(rank + 1);
+        u64* before = ring.empty;
+        for (int tile = start; tile < stop; ++tile, at.next()) {
+            wait_for(ring.full + at.slot, at.phase);
+            add_tile(sums, ring.stages + at.slot * STAGE_BYTES, of_row, warp, tile > start, before, task.by);
+            before = ring.empty + at.slot;
+            if (SKEW && !second && --steps_ahead == 0) announce(1, 256);
+        }
+        products_wait<0>();
+        if (lane == 0) arrive(before);
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int v = 0; v < NT / 2; ++v) settled(sums[h][v]);
+        Writer writer{task.output, rooms + warp * 8 * PITCH, block, first, task.tokens, 1.0f / task.by};
+#if KS > 1
+        // the ring is empty now in all blocks; the host gives each cluster one tile
+        cluster_meets();
+        share(sums, (float*)ring.stages, rank);
+        cluster_meets();
+#pragma unroll
+        for (int d = 0; d < KS; ++d) {
+            if (d != rank) continue;
+            gather(sums, (const float*)ring.stages, d);
+#pragma unroll
+            for (int n = 0; n < NT / 8 / KS; ++n) writer.eight(sums, d * (NT / 8 / KS) + n);
+        }
+#else
+#pragma unroll
+        for (int n = 0; n < NT / 8; ++n) writer.eight(sums, n);
+#endif
+    }
+}
+
+extern "C" __global__ void
+#if KS > 1
+__cluster_dims__(KS, 1, 1)
+#endif
+__launch_bounds__(THREADS, 1) many(const __grid_constant__ Task task) {
+    extern __shared__ __align__(1024) char shared[];
+    Ring ring{shared, (u64*)(shared + STAGES * STAGE_BYTES + ROOM_BYTES), nullptr};
+    ring.empty = ring.full + STAGES;
+    int rank = KS > 1 ? cluster_rank() : 0;
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; ++s) {
+            barrier_make(ring.full + s, 1);
+            barrier_make(ring.empty + s, WARPS);
+        }
+        barriers_made();
+    }
+    __syncthreads();
+    wait_for_inputs();
+    let_next_begin();
+    if (threadIdx.x < 128) {
+        keep_fewer_registers<40>();
+        if (threadIdx.x < 32) bring(task, ring, rank);
+#if KS > 1
+        __syncwarp();
+        cluster_meets();
+        cluster_meets();
+#endif
+    } else {
+        take_more_registers<232>();
+        use(task, ring, (float*)(shared + STAGES * STAGE_BYTES), rank);
+    }
+}

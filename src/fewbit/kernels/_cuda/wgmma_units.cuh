@@ -1,0 +1,118 @@
+// What only a Hopper card's own instructions do. A test replaces this file to run the kernel on a CPU.
+#pragma once
+#include "pieces.cuh"
+
+__device__ __forceinline__ u32 place_of(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Barriers in shared memory: so many arrivals, and so many bytes that were expected, end a phase.
+__device__ __forceinline__ void barrier_make(u64* b, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(place_of(b)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barriers_made() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void arrive(u64* b) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(place_of(b)) : "memory");
+}
+__device__ __forceinline__ void arrive_expecting(u64* b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(place_of(b)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void wait_for(u64* b, int phase) {
+    asm volatile(
+        "{ .reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again; }" ::"r"(place_of(b)), "r"(phase) : "memory");
+}
+
+// Multiples of 16 bytes into shared memory; the barrier hears of them.
+__device__ __forceinline__ void copy_bulk(char* to, const char* from, int bytes, u64* b) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+        "r"(place_of(to)), "l"(from), "r"(bytes), "r"(place_of(b)) : "memory");
+}
+
+template <int COUNT>
+__device__ __forceinline__ void keep_fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+__device__ __forceinline__ void take_more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// Named barriers of so many threads.
+__device__ __forceinline__ void meet(int name, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void announce(int name, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ int cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return (int)rank;
+}
+__device__ __forceinline__ void cluster_meets() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// into the same place of another block of the cluster
+__device__ __forceinline__ void store_there(float* to, int rank, float value) {
+    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+                 "st.shared::cluster.f32 [there], %2; }" ::"r"(place_of(to)), "r"(rank), "f"(value) : "memory");
+}
+
+// Asynchronous products: what was written to registers before `begin` is seen; `wait` leaves that many groups running.
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT>
+__device__ __forceinline__ void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+// no use of `c` moves ahead of this
+__device__ __forceinline__ void settled(float& c) { asm volatile("" : "+f"(c)::"memory"); }
+
+// Operand B: N rows of 64 halves, 128 bytes each, whose 16-byte words are exchanged by row % 8 (the 128-byte swizzle of
+// the PTX manual's matrix descriptor); eight rows are 1024 bytes, and the whole begins at a multiple of 1024.
+__device__ __forceinline__ u64 described(const char* p) {
+    return (u64)((place_of(p) & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+// c = (more ? c : 0) + a b, by the four warps of a group together; a 64 x 16 in registers, b 16 x N, c 64 x N
+template <int N>
+__device__ __forceinline__ void multiply_async(float* c, const u32* a, u64 b, int more);
+
+#define TWO(i) "+f"(c[i]), "+f"(c[i + 1])
+#define EIGHT(i) TWO(i), TWO(i + 2), TWO(i + 4), TWO(i + 6)
+template <>
+__device__ __forceinline__ void multiply_async<64>(float* c, const u32* a, u64 b, int more) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
+        : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
+}
+template <>
+__device__ __forceinline__ void multiply_async<128>(float* c, const u32* a, u64 b, int more) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "{%64, %65, %66, %67}, %68, p, 1, 1, 0; }"
+        : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
+}
+
+__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
+    u32 r;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+}
+__device__ __forceinline__ u32 mul2(u32 a, u32 b) {
+    u32 r;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
