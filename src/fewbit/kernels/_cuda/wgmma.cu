@@ -4,13 +4,14 @@
 // become halves there, scaled. Activations are operand B, in shared memory. A block has 256 rows x NT tokens: two groups
 // of four warps, each warp with 32 rows, and a third group of which one warp brings the tiles into a ring of STAGES. While
 // the matrix units multiply 32 columns the next 32 become halves. KS blocks, a cluster, share the columns of a tile and
-// add their sums up in each other's memory, in the order of their ranks.
+// add their sums up in each other's memory, in the order of their ranks. MC blocks, a cluster too, have the same tokens and
+// each brings a part of x to all.
 //
 // x lies as [columns / 64][tokens, filled up to eights][64] halves: of 32 columns the pairs 4 * thread + member lie as
 // 4 * member + thread, which is the order operand A has them in; then the 16-byte words of a token's 64 are exchanged, word
 // w to w ^ token % 8, which is how the matrix units want them (see `described`). So a stage's part of x is one stretch.
 //
-// Defined by whoever compiles: what tiles.cuh wants; NT (64 or 128); STAGES; KS (1, 2, 4 or 8); SKEW (tiles that the
+// Defined by whoever compiles: what tiles.cuh wants; NT (64 or 128); STAGES; KS (1, 2, 4 or 8); MC (1 or 2; 1 unless KS is); SKEW (tiles that the
 // second group stays behind the first, so that one writes while the other multiplies); GATED (0, or 1: out = silu(first
 // 16 rows of a tile) * last 16).
 #include "tiles.cuh"
@@ -19,6 +20,7 @@
 #define GROUPS_OF_WARPS 2
 #define WARPS (4 * GROUPS_OF_WARPS)
 #define THREADS (32 * (WARPS + 4))
+#define CLUSTER (KS * MC)
 // bytes of a stage
 #define X_BYTES (NT * 256)
 #define SCALES_AT (X_BYTES + WARPS * CODE_BYTES)
@@ -48,8 +50,14 @@ struct Task {
 
     __device__ __forceinline__ int padded() const { return (tokens + 7) / 8 * 8; }
     __device__ __forceinline__ int across() const { return (tokens + NT - 1) / NT; }
-    __device__ __forceinline__ int count() const { return (blocks + WARPS - 1) / WARPS * across(); }
-    __device__ __forceinline__ int first_tile(int rank) const { return (int)((u64)tiles * rank / KS); }
+    __device__ __forceinline__ int count() const { return (blocks + WARPS * MC - 1) / (WARPS * MC) * across(); }
+    // of pieces numbered 0 .. count, the first token and a warp's block of rows
+    __device__ __forceinline__ int token(int piece) const { return piece % across() * NT; }
+    __device__ __forceinline__ int block(int piece, int rank, int warp) const {
+        return (piece / across() * MC + rank % MC) * WARPS + warp;
+    }
+    // of `rank` in a cluster
+    __device__ __forceinline__ int tile(int rank) const { return (int)((u64)tiles * (rank / MC) / KS); }
 };
 
 // Where a walk round the ring has come.
@@ -69,11 +77,11 @@ struct Ring {
 __device__ __forceinline__ void bring(const Task& task, const Ring& ring, int rank) {
     int lane = threadIdx.x % 32;
     Place at;
-    for (int i = blockIdx.x / KS; i < task.count(); i += gridDim.x / KS) {
-        int first = i % task.across() * NT, block = i / task.across() * WARPS + lane;
+    for (int i = blockIdx.x / CLUSTER; i < task.count(); i += gridDim.x / CLUSTER) {
+        int first = task.token(i), block = task.block(i, rank, lane);
         int bytes = min(NT, task.padded() - first) * 128;
         u64 row = (u64)min(block, task.blocks - 1) * task.tiles;
-        for (int tile = task.first_tile(rank); tile < task.first_tile(rank + 1); ++tile, at.next()) {
+        for (int tile = task.tile(rank); tile < task.tile(rank + MC); ++tile, at.next()) {
             wait_for(ring.empty + at.slot, at.phase ^ 1);
             char* stage = ring.stages + at.slot * STAGE_BYTES;
             u64* full = ring.full + at.slot;
@@ -87,7 +95,10 @@ __device__ __forceinline__ void bring(const Task& task, const Ring& ring, int ra
                     copy_bulk(stage + SHIFTS_AT + lane * TILE_SHIFTS, task.weights.shifts + (row + tile) * TILE_SHIFTS, TILE_SHIFTS, full);
             } else if (lane < WARPS + 2) {
                 int half = lane - WARPS;
-                copy_bulk(stage + half * NT * 128, task.x + ((u64)(2 * tile + half) * task.padded() + first) * 128, bytes, full);
+                char* to = stage + half * NT * 128;
+                const char* from = task.x + ((u64)(2 * tile + half) * task.padded() + first) * 128;
+                if (MC == 1) copy_bulk(to, from, bytes, full);
+                if (MC == 2 && half == rank) copy_bulk_to(to, from, bytes, full, 3);
             }
         }
     }
@@ -125,12 +136,30 @@ struct Steps {
     }
 };
 
+// The matrix descriptor of operand B: NT rows of 64 halves, 128 bytes each, whose 16-byte words are exchanged by row % 8
+// (mode 1, the 128-byte swizzle); eight rows are 1024 bytes, and the whole begins at a multiple of 1024.
+__device__ __forceinline__ u64 described(const char* p) {
+    return (u64)((place_of(p) & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
 // [first or last 16 of a warp's rows][64 rows x NT tokens of the four warps as the matrix unit has them]
 typedef float Sums[2][NT / 2];
+// operand A of 32 columns, while those before are still being multiplied
+typedef u32 Pairs[2][16];
+
+// This warp needs a stage no longer; whoever fills it for this block hears of it.
+__device__ __forceinline__ void release(u64* empty) {
+    int lane = threadIdx.x % 32;
+    if (MC == 1) {
+        if (lane == 0) arrive(empty);
+    } else if (lane < MC) {
+        arrive_there(empty, lane);
+    }
+}
 
 // One stage. `before`: the barrier of the stage before it, once its products are done.
-__device__ __forceinline__ void add_tile(Sums& sums, const char* stage, const Steps& of_row, int warp, bool more, u64* before,
-                                         float by) {
+__device__ __forceinline__ void add_tile(Sums& sums, Pairs& pairs, const char* stage, const Steps& of_row, int warp,
+                                         bool more, u64* before, float by) {
     int lane = threadIdx.x % 32;
     u32 words[4 * BITS];
 #pragma unroll
@@ -140,7 +169,6 @@ __device__ __forceinline__ void add_tile(Sums& sums, const char* stage, const St
     }
     u64 x = described(stage);
     Steps steps = of_row;
-    u32 pairs[2][16];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         constexpr int span = SPAN ? SPAN : 128;
@@ -161,7 +189,7 @@ __device__ __forceinline__ void add_tile(Sums& sums, const char* stage, const St
                                    more || j + p > 0);
         products_end();
         products_wait<1>();
-        if (j == 0 && more && lane == 0) arrive(before);
+        if (j == 0 && more) release(before);
     }
 }
 
@@ -264,25 +292,26 @@ __device__ __forceinline__ void use(const Task& task, const Ring& ring, float* r
     bool second = warp >= 4;
     int steps_ahead = SKEW;
     Place at;
-    if (SKEW && second && blockIdx.x / KS < task.count()) meet(1, 256);
-    for (int i = blockIdx.x / KS; i < task.count(); i += gridDim.x / KS) {
-        int first = i % task.across() * NT, block = i / task.across() * WARPS + warp;
+    if (SKEW && second && blockIdx.x / CLUSTER < task.count()) meet(1, 256);
+    for (int i = blockIdx.x / CLUSTER; i < task.count(); i += gridDim.x / CLUSTER) {
+        int first = task.token(i), block = task.block(i, rank, warp);
         Sums sums;
+        Pairs pairs;
         Steps of_row;
         if (SPAN == 0) {
             u64 b = (u64)min(block, task.blocks - 1);
             of_row.load(task.weights.scales + b * SCALE_BYTES, task.weights.shifts + b * SHIFT_BYTES, lane / 4, task.by);
         }
-        int start = task.first_tile(rank), stop = task.first_tile(rank + 1);
+        int start = task.tile(rank), stop = task.tile(rank + MC);
         u64* before = ring.empty;
         for (int tile = start; tile < stop; ++tile, at.next()) {
             wait_for(ring.full + at.slot, at.phase);
-            add_tile(sums, ring.stages + at.slot * STAGE_BYTES, of_row, warp, tile > start, before, task.by);
+            add_tile(sums, pairs, ring.stages + at.slot * STAGE_BYTES, of_row, warp, tile > start, before, task.by);
             before = ring.empty + at.slot;
             if (SKEW && !second && --steps_ahead == 0) announce(1, 256);
         }
         products_wait<0>();
-        if (lane == 0) arrive(before);
+        release(before);
 #pragma unroll
         for (int h = 0; h < 2; ++h)
 #pragma unroll
@@ -308,22 +337,23 @@ __device__ __forceinline__ void use(const Task& task, const Ring& ring, float* r
 }
 
 extern "C" __global__ void
-#if KS > 1
-__cluster_dims__(KS, 1, 1)
+#if CLUSTER > 1
+__cluster_dims__(CLUSTER, 1, 1)
 #endif
 __launch_bounds__(THREADS, 1) many(const __grid_constant__ Task task) {
     extern __shared__ __align__(1024) char shared[];
     Ring ring{shared, (u64*)(shared + STAGES * STAGE_BYTES + ROOM_BYTES), nullptr};
     ring.empty = ring.full + STAGES;
-    int rank = KS > 1 ? cluster_rank() : 0;
+    int rank = CLUSTER > 1 ? cluster_rank() : 0;
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; ++s) {
             barrier_make(ring.full + s, 1);
-            barrier_make(ring.empty + s, WARPS);
+            barrier_make(ring.empty + s, WARPS * MC);
         }
         barriers_made();
     }
     __syncthreads();
+    if (MC > 1) cluster_meets();
     wait_for_inputs();
     let_next_begin();
     if (threadIdx.x < 128) {
@@ -337,5 +367,10 @@ __launch_bounds__(THREADS, 1) many(const __grid_constant__ Task task) {
     } else {
         take_more_registers<232>();
         use(task, ring, (float*)(shared + STAGES * STAGE_BYTES), rank);
+    }
+    // nobody leaves while others may still arrive at its barriers
+    if (MC > 1) {
+        __syncwarp();
+        cluster_meets();
     }
 }

@@ -28,6 +28,13 @@ __device__ __forceinline__ void copy_bulk(char* to, const char* from, int bytes,
         "r"(place_of(to)), "l"(from), "r"(bytes), "r"(place_of(b)) : "memory");
 }
 
+// to the same place in the blocks of a cluster whose bits are set; each block's own barrier hears of it
+__device__ __forceinline__ void copy_bulk_to(char* to, const char* from, int bytes, u64* b, u16 blocks) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
+        "r"(place_of(to)), "l"(from), "r"(bytes), "r"(place_of(b)), "h"(blocks) : "memory");
+}
+
 template <int COUNT>
 __device__ __forceinline__ void keep_fewer_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
@@ -53,6 +60,10 @@ __device__ __forceinline__ int cluster_rank() {
 __device__ __forceinline__ void cluster_meets() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+__device__ __forceinline__ void arrive_there(u64* b, int rank) {
+    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(place_of(b)), "r"(rank) : "memory");
+}
 // into the same place of another block of the cluster
 __device__ __forceinline__ void store_there(float* to, int rank, float value) {
     asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
@@ -68,12 +79,6 @@ __device__ __forceinline__ void products_wait() {
 }
 // no use of `c` moves ahead of this
 __device__ __forceinline__ void settled(float& c) { asm volatile("" : "+f"(c)::"memory"); }
-
-// Operand B: N rows of 64 halves, 128 bytes each, whose 16-byte words are exchanged by row % 8 (the 128-byte swizzle of
-// the PTX manual's matrix descriptor); eight rows are 1024 bytes, and the whole begins at a multiple of 1024.
-__device__ __forceinline__ u64 described(const char* p) {
-    return (u64)((place_of(p) & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
 
 // c = (more ? c : 0) + a b, by the four warps of a group together; a 64 x 16 in registers, b 16 x N, c 64 x N
 template <int N>

@@ -1,0 +1,166 @@
+"""Products for many tokens on Hopper cards (compute capability 9.0), through their asynchronous matrix units.
+
+The packed weights are those of every card. Activations lie in an order of their own (`swizzled`), which `halve` writes.
+Chosen at run time; what other cards do stays beside it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fewbit.kernels import _nvrtc
+from fewbit.kernels._cuda_layout import COLUMNS, Kind, tiles_of
+from fewbit.kernels._cuda_matrix import Part
+from fewbit.kernels._nvrtc import Arguments, Kernel
+
+ARCH = 90
+# 32-row blocks of a block of threads, and its threads
+BLOCKS, THREADS = 8, 384
+HALVE_THREADS = 1024
+# bytes in which a warp turns its sums round, for all warps; a stage's barriers
+ROOM, BARRIERS = BLOCKS * 8 * 36 * 4, 16
+# tiles of 128 columns that each block of a cluster should have
+LEAST_TILES = 8
+
+
+class _Task(ctypes.Structure):
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("shifts", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("token_scales", ctypes.c_void_p),
+        ("add", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("stride", ctypes.c_int),
+        ("rows", ctypes.c_int),
+        ("pair", ctypes.c_int),
+        ("unused", ctypes.c_int),
+        ("blocks", ctypes.c_int),
+        ("tiles", ctypes.c_int),
+        ("tokens", ctypes.c_int),
+        ("by", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a product is cut. tokens: of a block, 64 or 128; stages: of its ring; cluster: blocks that share the columns
+    of a tile; skew: tiles that one half of a block stays behind the other; shared_x: blocks that bring x to each other.
+    """
+
+    tokens: int
+    stages: int
+    cluster: int
+    skew: int
+    shared_x: int = 1
+
+    def defines(self) -> dict[str, object]:
+        """For the compiler."""
+        return {"NT": self.tokens, "STAGES": self.stages, "KS": self.cluster, "SKEW": self.skew, "MC": self.shared_x}
+
+    def shared(self, kind: Kind) -> int:
+        """Bytes of shared memory of a block."""
+        return self.stages * (_stage(kind, self.tokens) + BARRIERS) + ROOM
+
+
+@dataclass(frozen=True)
+class Swizzled:
+    """Activations as `multiply` takes them.
+
+    values  float16 [columns / 64, tokens filled up to eights, 64]; the order within 64 is said in wgmma.cu
+    scales  float32 [tokens] that products are multiplied by, or None where all are 1
+    """
+
+    values: Tensor
+    scales: Tensor | None
+    tokens: int
+    columns: int
+
+
+def _stage(kind: Kind, tokens: int) -> int:
+    groups = COLUMNS // kind.span if kind.span else 0
+    tile = kind.bits * 512 + groups * ((128, 64, 64)[kind.scales] + (0, 32, 128)[kind.shifts])
+    return -(-(tokens * 2 * COLUMNS + BLOCKS * tile) // 1024) * 1024
+
+
+def cut_for(kind: Kind, blocks: int, tiles: int, tokens: int, processors: int, most_shared: int) -> Cut:
+    """For `blocks` x `tiles` tiles of a kind on a card of so many multiprocessors and bytes of shared memory a block."""
+    wide = 64 if tokens <= 64 else 128
+    pieces = -(-blocks // BLOCKS) * -(-tokens // wide)
+    cluster = 1
+    while cluster < 8 and 2 * cluster * pieces <= processors and 2 * cluster * LEAST_TILES <= tiles:
+        cluster *= 2
+    each = _stage(kind, wide) + BARRIERS
+    stages = min(6, (most_shared - ROOM) // each)
+    skew = 2 if cluster == 1 and stages >= 4 and tiles > LEAST_TILES else 0
+    return Cut(wide, stages, cluster, skew)
+
+
+def words_of(x: Tensor) -> Tensor:
+    """float16 [tokens, columns], a multiple of 64 columns -> [columns / 64, tokens filled up to eights, 64]."""
+    tokens, columns = x.shape
+    filled = torch.nn.functional.pad(x, (0, 0, 0, -tokens % 8))
+    # 32 columns: thread, member, pair; a token's words of eight are exchanged by token % 8
+    words = filled.view(-1, columns // 32, 4, 4, 2).transpose(2, 3).reshape(-1, columns // 64, 8, 8)
+    order = torch.arange(8)[None, :] ^ (torch.arange(len(filled)) % 8)[:, None]
+    at = order.to(x.device)[:, None, :, None].expand(words.shape)
+    return words.gather(2, at).transpose(0, 1).reshape(columns // 64, len(filled), 64).contiguous()
+
+
+def halve(x: Tensor) -> Swizzled:
+    """x [T, in] float32 on a card, rows at any distance -> what `multiply` takes."""
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    tokens, columns = x.shape
+    padded = -(-tokens // 8) * 8
+    wide = tiles_of(columns) * 2
+    values = torch.empty(wide, padded, 64, dtype=torch.float16, device=x.device)
+    scales = torch.empty(tokens, device=x.device)
+    args = (
+        ctypes.c_void_p(x.data_ptr()),
+        ctypes.c_uint64(x.stride(0)),
+        ctypes.c_int(columns),
+        ctypes.c_int(wide * 8),
+        ctypes.c_void_p(values.data_ptr()),
+        ctypes.c_int(padded),
+        ctypes.c_void_p(scales.data_ptr()),
+    )
+    _halving(x.device.index).launch((tokens, 1, 1), (HALVE_THREADS, 1, 1), args, dependent=True)
+    return Swizzled(values, scales, tokens, columns)
+
+
+def multiply(part: Part, x: Swizzled, out: int, add: int, stride: int, gated: bool, cut: Cut | None = None) -> None:
+    """One launch: `part` times all tokens of x into address `out` (float32, `stride` between tokens), plus `add`."""
+    device = part.codes.device.index
+    processors, most = _processors(device), _nvrtc.most_shared(device)
+    cut = cut or cut_for(part.kind, part.blocks, part.tiles, x.tokens, processors, most)
+    scales = 0 if x.scales is None else x.scales.data_ptr()
+    weights = (part.codes.data_ptr(), part.scales.data_ptr(), 0 if part.shifts is None else part.shifts.data_ptr())
+    shape = (stride, part.rows, part.pair, 0, part.blocks, part.tiles, x.tokens, part.factor)
+    task = _Task(*weights, x.values.data_ptr(), scales, add, out, *shape)
+    pieces = -(-part.blocks // (BLOCKS * cut.shared_x)) * -(-x.tokens // cut.tokens)
+    grid = pieces * cut.cluster if cut.cluster > 1 else min(pieces, processors // cut.shared_x) * cut.shared_x
+    kernel = _multiplying(part.kind, cut, gated, device)
+    kernel.launch((grid, 1, 1), (THREADS, 1, 1), Arguments(task), cut.shared(part.kind), dependent=True)
+
+
+@cache
+def _processors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def _halving(device: int) -> Kernel:
+    return _nvrtc.module("wgmma_halve.cu", ("halve_many",), {}, device)["halve_many"]
+
+
+@cache
+def _multiplying(kind: Kind, cut: Cut, gated: bool, device: int) -> Kernel:
+    defines = kind.defines() | cut.defines() | {"GATED": int(gated)}
+    return _nvrtc.module("wgmma.cu", ("many",), defines, device)["many"]
