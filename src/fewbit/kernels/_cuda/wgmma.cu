@@ -357,7 +357,7 @@ __launch_bounds__(THREADS, 1) many(const __grid_constant__ Task task) {
     wait_for_inputs();
     let_next_begin();
     if (threadIdx.x < 128) {
-        keep_fewer_registers<40>();
+        keep_fewer_registers<56>();
         if (threadIdx.x < 32) bring(task, ring, rank);
 #if KS > 1
         __syncwarp();
@@ -365,7 +365,7 @@ __launch_bounds__(THREADS, 1) many(const __grid_constant__ Task task) {
         cluster_meets();
 #endif
     } else {
-        take_more_registers<232>();
+        take_more_registers<224>();
         use(task, ring, (float*)(shared + STAGES * STAGE_BYTES), rank);
     }
     // nobody leaves while others may still arrive at its barriers
