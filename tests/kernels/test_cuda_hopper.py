@@ -14,6 +14,7 @@ import torch
 from fewbit.formats import parse
 from fewbit.kernels import _cuda_hopper as hopper
 from fewbit.kernels import _cuda_matrix as matrix
+from fewbit.kernels import _nvrtc
 from fewbit.kernels._cuda_hopper import Cut
 from fewbit.kernels._nvrtc import SOURCES
 from tests.kernels.stand_in import compiled
@@ -61,12 +62,11 @@ def kernel(folder: Path, defines: dict[str, object]) -> ctypes.CDLL:
 
 CASES = [
     # spec, shapes, tokens, cut, gated, grid
-    ("int4g128", [(300, 640)], 131, Cut(128, 2, 1, 1, 2), False, 2),
-    ("int3g64", [(260, 384)], 70, Cut(64, 3, 1, 0), False, 1),
-    ("int2g32a", [(40, 384)], 20, Cut(64, 2, 2, 0), False, 2),
-    ("int8a", [(48, 640), (48, 640)], 30, Cut(64, 2, 4, 0), False, 4),
-    ("int4g64a", [(144, 256), (144, 256)], 9, Cut(64, 2, 1, 0), True, 2),
-    ("gguf:q4_1", [(99, 256)], 10, Cut(64, 2, 2, 0), False, 2),
+    ("int4g128", [(264, 384)], 130, Cut(128, 2, 1, 1, 2), False, 2),
+    ("int8a", [(48, 640), (48, 640)], 20, Cut(64, 2, 4, 0), False, 4),
+    ("int2g32a", [(144, 256), (144, 256)], 9, Cut(64, 2, 1, 0), True, 2),
+    ("gguf:q4_1", [(99, 256)], 70, Cut(64, 2, 2, 0), False, 4),
+    ("int3g64", [(40, 384)], 10, Cut(64, 3, 1, 0), False, 1),
 ]
 
 
@@ -95,3 +95,57 @@ def test_the_kernel_multiplies(make_tensor, tmp_path, spec, shapes, tokens, cut,
     # weights are rounded to halves
     error = (out.double() - expected).norm() / expected.norm()
     assert error < 5e-4, error
+
+
+def test_activations_lie_in_the_order_of_the_weights():
+    """A loop over what wgmma.cu says of x."""
+    x = torch.arange(11 * 128, dtype=torch.float32).reshape(11, 128).half()
+    got = hopper.words_of(x)
+    assert got.shape == (2, 16, 64)
+    for token in range(11):
+        for column in range(128):
+            thread, member, odd = column % 32 // 8, column % 8 // 2, column % 2
+            place = column % 64 // 32 * 32 + (4 * member + thread) * 2 + odd
+            word = place // 8 ^ token % 8
+            assert got[column // 64, token, word * 8 + place % 8] == x[token, column]
+    assert not got[:, 11:].any()
+
+
+@pytest.fixture
+def card() -> None:
+    """Skips where this machine's card is none of compute capability 9.0."""
+    if _nvrtc.missing() is not None or _nvrtc.card_arch() != hopper.ARCH:
+        pytest.skip("there is no card of compute capability 9.0, or nothing to compile with")
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize(("tokens", "columns"), [(3, 192), (130, 1100), (9, 40000)])
+def test_halves_on_a_card(tokens, columns):
+    x = torch.randn(tokens, columns, device="cuda")
+    x[1] *= 1e9
+    got = hopper.halve(x)
+    padded = torch.nn.functional.pad(x / got.scales[:, None], (0, -columns % 128)).half()
+    assert got.scales[1] > 1 and torch.equal(got.values[:, :tokens], hopper.words_of(padded)[:, :tokens])
+
+
+CUTS = [Cut(128, 3, 1, 2), Cut(128, 2, 1, 0, 2), Cut(128, 2, 2, 0), Cut(64, 3, 8, 0), Cut(64, 3, 1, 0)]
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("spec", ["int4g128", "int3g64a", "int2g32", "int8a", "int5g64", "int6", "gguf:q4_1"])
+def test_products_on_a_card(make_tensor, spec):
+    for shapes, tokens in (([(600, 1100)], 70), ([(48, 2048), (48, 2048)], 130), ([(33, 4096)], 300)):
+        stored = [make_tensor(spec, *s) for s in shapes]
+        kinds = [matrix.kind(q) for q in stored]
+        (part,) = matrix.build(stored, kinds, torch.device("cuda", 0))
+        x = torch.randn(tokens, part.columns, device="cuda")
+        halves = hopper.halve(x)
+        w = torch.cat([parse(spec).dequantize(q).double() for q in stored]).cuda()
+        expected = x.half().double() @ w.T
+        for cut in CUTS:
+            outs = []
+            for _ in range(2):
+                outs.append(torch.full((tokens, part.rows), torch.nan, device="cuda"))
+                hopper.multiply(part, halves, outs[-1].data_ptr(), 0, part.rows, False, cut)
+            assert torch.equal(*outs)
+            assert (outs[0].double() - expected).norm() < 5e-4 * expected.norm(), (shapes, cut)

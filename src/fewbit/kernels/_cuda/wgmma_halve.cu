@@ -76,3 +76,15 @@ halve_many(const float* x, u64 stride, int columns, int words, uint4* halves, in
         w.store(halves, word, token, padded, inverse);
     }
 }
+
+// Halves [columns / 32][tokens][32] to the same order; `count` words in all.
+extern "C" __global__ void __launch_bounds__(256)
+reorder(const u32* from, uint4* to, int tokens, int padded, u64 count) {
+    wait_for_inputs();
+    let_next_begin();
+    u64 at = (u64)blockIdx.x * 256 + threadIdx.x;
+    if (at >= count) return;
+    int member = at % 4, token = (int)(at / 4 % tokens), word = (int)(at / 4 / tokens) * 4 + member;
+    const u32* pairs = from + (at / 4) * 16 + member;
+    to[((u64)(word / 8) * padded + token) * 8 + (word % 8 ^ token % 8)] = make_uint4(pairs[0], pairs[4], pairs[8], pairs[12]);
+}
