@@ -11,6 +11,7 @@
 #define __cluster_dims__(x, y, z)
 #define __syncthreads here_block_meets
 #define __syncwarp here_warp_meets
+#define __shfl_sync(mask, value, lane) here_shuffled(value, lane)
 
 inline thread_local Index gridDim;
 
@@ -22,6 +23,7 @@ struct HopperBlock {
     std::barrier<> together{threads}, named{256};
     std::vector<std::unique_ptr<std::barrier<>>> warps, fours;
     u32 a[64][32][4];
+    float shuffled[64][32];
     HopperBlock(char* shared, int rank, int threads, Cluster* cluster)
         : shared(shared), rank(rank), threads(threads), cluster(cluster) {
         for (int i = 0; i < threads / 32; ++i) warps.push_back(std::make_unique<std::barrier<>>(32));
@@ -37,6 +39,14 @@ inline thread_local HopperBlock* here;
 inline int thread_number() { return threadIdx.x; }
 inline void here_block_meets() { here->together.arrive_and_wait(); }
 inline void here_warp_meets() { here->warps[thread_number() / 32]->arrive_and_wait(); }
+inline float here_shuffled(float value, int lane) {
+    float* all = here->shuffled[thread_number() / 32];
+    all[thread_number() % 32] = value;
+    here_warp_meets();
+    float got = all[lane];
+    here_warp_meets();
+    return got;
+}
 
 inline u32 place_of(const void* p) { return (u32)((const char*)p - here->shared); }
 
@@ -95,16 +105,10 @@ inline void copy_bulk(char* to, const char* from, int bytes, u64* b) {
 
 template <class T>
 T* there(T* p, int rank) { return (T*)(here->cluster->blocks[rank]->shared + place_of(p)); }
-inline void arrive_there(u64* b, int rank) { arrive(there(b, rank)); }
-inline void copy_bulk_to(char* to, const char* from, int bytes, u64* b, u16 blocks) {
-    for (int rank = 0; rank < 16; ++rank)
-        if (blocks >> rank & 1) copy_bulk(there(to, rank), from, bytes, there(b, rank));
-}
 
 template <int> void keep_fewer_registers() {}
 template <int> void take_more_registers() {}
 inline void meet(int, int) { here->named.arrive_and_wait(); }
-inline void announce(int, int) { (void)here->named.arrive(); }
 inline int cluster_rank() { return here->rank; }
 inline void cluster_meets() { here->cluster->together.arrive_and_wait(); }
 inline void store_there(float* to, int rank, float value) {

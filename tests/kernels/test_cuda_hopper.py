@@ -22,23 +22,22 @@ from tests.kernels.stand_in import compiled
 RUN = """
 #include "wgmma.cu"
 extern "C" void run(Task task, int grid) {
-    constexpr int size = STAGES * (STAGE_BYTES + 16) + ROOM_BYTES;
-    for (int first = 0; first < grid; first += CLUSTER) {
-        Cluster cluster(CLUSTER * THREADS);
+    for (int first = 0; first < grid; first += KS) {
+        Cluster cluster(KS * THREADS);
         std::vector<std::thread> threads;
         std::vector<char*> rooms;
-        for (int r = 0; r < CLUSTER; ++r) {
-            rooms.push_back((char*)std::aligned_alloc(1024, (size + 1023) / 1024 * 1024));
-            memset(rooms[r], 0xFF, size);
+        for (int r = 0; r < KS; ++r) {
+            rooms.push_back((char*)std::aligned_alloc(1024, (SHARED_BYTES + 1023) / 1024 * 1024));
+            memset(rooms[r], 0xFF, SHARED_BYTES);
             cluster.blocks.push_back(std::make_unique<HopperBlock>(rooms[r], r, THREADS, &cluster));
         }
-        for (int t = 0; t < CLUSTER * THREADS; ++t)
+        for (int t = 0; t < KS * THREADS; ++t)
             threads.emplace_back([=, &cluster] {
                 threadIdx = {t % THREADS, 0, 0};
                 blockIdx = {first + t / THREADS, 0, 0};
                 gridDim = {grid, 1, 1};
                 here = cluster.blocks[t / THREADS].get();
-                many(task);
+                crowd(task);
             });
         for (std::thread& thread : threads) thread.join();
         for (char* room : rooms) std::free(room);
@@ -62,11 +61,11 @@ def kernel(folder: Path, defines: dict[str, object]) -> ctypes.CDLL:
 
 CASES = [
     # spec, shapes, tokens, cut, gated, grid
-    ("int4g128", [(264, 384)], 130, Cut(128, 2, 1, 1, 2), False, 2),
-    ("int8a", [(48, 640), (48, 640)], 20, Cut(64, 2, 4, 0), False, 4),
-    ("int2g32a", [(144, 256), (144, 256)], 9, Cut(64, 2, 1, 0), True, 2),
-    ("gguf:q4_1", [(99, 256)], 70, Cut(64, 2, 2, 0), False, 4),
-    ("int3g64", [(40, 384)], 10, Cut(64, 3, 1, 0), False, 1),
+    ("int4g128", [(140, 384)], 135, Cut(128, 3, 2), False, 2),
+    ("int8a", [(48, 640), (48, 640)], 20, Cut(64, 2, 1, 4), False, 4),
+    ("int2g32a", [(80, 256), (80, 256)], 9, Cut(64, 2, 2), True, 1),
+    ("gguf:q4_1", [(99, 256)], 70, Cut(64, 3, 2, 2), False, 4),
+    ("int3g64", [(40, 384)], 10, Cut(64, 4, 1), False, 1),
 ]
 
 
@@ -83,7 +82,8 @@ def test_the_kernel_multiplies(make_tensor, tmp_path, spec, shapes, tokens, cut,
     out = torch.full((tokens, columns), torch.nan)
     weights = (part.codes.data_ptr(), part.scales.data_ptr(), 0 if part.shifts is None else part.shifts.data_ptr())
     addresses = (scales.data_ptr(), 0 if gated else add.data_ptr(), out.data_ptr())
-    shape = (columns, part.rows, part.pair, 0, part.blocks, part.tiles, tokens, 0.5)
+    pieces = -(-part.blocks // 4) * -(-tokens // cut.tokens)
+    shape = (columns, part.rows, part.pair, 0, part.blocks, part.tiles, tokens, 0, pieces, 0.5)
     library.run(hopper._Task(*weights, halves.data_ptr(), *addresses, *shape), ctypes.c_int(grid))
     w = torch.cat([parse(spec).dequantize(q).double() for q in stored])
     expected = x.double() @ w.T * scales[:, None]
@@ -128,7 +128,7 @@ def test_halves_on_a_card(tokens, columns):
     assert got.scales[1] > 1 and torch.equal(got.values[:, :tokens], hopper.words_of(padded)[:, :tokens])
 
 
-CUTS = [Cut(128, 3, 1, 2), Cut(128, 2, 1, 0, 2), Cut(128, 2, 2, 0), Cut(64, 3, 8, 0), Cut(64, 3, 1, 0)]
+CUTS = [Cut(256, 4, 3), Cut(128, 5, 2), Cut(128, 4, 3, 2), Cut(64, 8, 1, 4), Cut(64, 3, 3)]
 
 
 @pytest.mark.usefixtures("card")

@@ -20,12 +20,13 @@ from fewbit.kernels._nvrtc import Arguments, Kernel
 
 ARCH = 90
 # 32-row blocks of a block of threads, and its threads
-BLOCKS, THREADS = 8, 384
+BLOCKS, THREADS = 4, 384
 HALVE_THREADS = 1024
-# bytes in which a warp turns its sums round, for all warps; a stage's barriers
-ROOM, BARRIERS = BLOCKS * 8 * 36 * 4, 16
+# bytes in which a block turns its sums round; a slot's barriers
+ROOM, BARRIERS = 2 * 8 * 132 * 4, 16
+MOST_X, CODES = 8, 3
 # tiles of 128 columns that each block of a cluster should have
-LEAST_TILES = 8
+LEAST_TILES = 4
 
 
 class _Task(ctypes.Structure):
@@ -44,29 +45,31 @@ class _Task(ctypes.Structure):
         ("blocks", ctypes.c_int),
         ("tiles", ctypes.c_int),
         ("tokens", ctypes.c_int),
+        ("first", ctypes.c_int),
+        ("end", ctypes.c_int),
         ("by", ctypes.c_float),
     )
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a product is cut. tokens: of a block, 64 or 128; stages: of its ring; cluster: blocks that share the columns
-    of a tile; skew: tiles that one half of a block stays behind the other; shared_x: blocks that bring x to each other.
+    """How a product is cut. tokens: of a block, 64, 128 or 256; x_slots of 64 columns, code_slots of 128; cluster: blocks
+    that share the columns of a piece.
     """
 
     tokens: int
-    stages: int
-    cluster: int
-    skew: int
-    shared_x: int = 1
+    x_slots: int
+    code_slots: int = CODES
+    cluster: int = 1
 
     def defines(self) -> dict[str, object]:
         """For the compiler."""
-        return {"NT": self.tokens, "STAGES": self.stages, "KS": self.cluster, "SKEW": self.skew, "MC": self.shared_x}
+        return {"NT": self.tokens, "XS": self.x_slots, "CS": self.code_slots, "KS": self.cluster}
 
     def shared(self, kind: Kind) -> int:
         """Bytes of shared memory of a block."""
-        return self.stages * (_stage(kind, self.tokens) + BARRIERS) + ROOM
+        slots = self.x_slots * (self.tokens * 128 + BARRIERS) + self.code_slots * (_code_bytes(kind) + BARRIERS)
+        return slots + ROOM
 
 
 @dataclass(frozen=True)
@@ -83,23 +86,15 @@ class Swizzled:
     columns: int
 
 
-def _stage(kind: Kind, tokens: int) -> int:
+def _code_bytes(kind: Kind) -> int:
     groups = COLUMNS // kind.span if kind.span else 0
-    tile = kind.bits * 512 + groups * ((128, 64, 64)[kind.scales] + (0, 32, 128)[kind.shifts])
-    return -(-(tokens * 2 * COLUMNS + BLOCKS * tile) // 1024) * 1024
+    return BLOCKS * (kind.bits * 512 + groups * ((128, 64, 64)[kind.scales] + (0, 32, 128)[kind.shifts]))
 
 
-def cut_for(kind: Kind, blocks: int, tiles: int, tokens: int, processors: int, most_shared: int) -> Cut:
-    """For `blocks` x `tiles` tiles of a kind on a card of so many multiprocessors and bytes of shared memory a block."""
-    wide = 64 if tokens <= 64 else 128
-    pieces = -(-blocks // BLOCKS) * -(-tokens // wide)
-    cluster = 1
-    while cluster < 8 and 2 * cluster * pieces <= processors and 2 * cluster * LEAST_TILES <= tiles:
-        cluster *= 2
-    each = _stage(kind, wide) + BARRIERS
-    stages = min(6, (most_shared - ROOM) // each)
-    skew = 2 if cluster == 1 and stages >= 4 and tiles > LEAST_TILES else 0
-    return Cut(wide, stages, cluster, skew)
+def filled(kind: Kind, tokens: int, cluster: int, most_shared: int) -> Cut:
+    """The cut with as many slots as there is room for."""
+    left = most_shared - ROOM - CODES * (_code_bytes(kind) + BARRIERS)
+    return Cut(tokens, min(MOST_X, left // (tokens * 128 + BARRIERS)), CODES, cluster)
 
 
 def words_of(x: Tensor) -> Tensor:
@@ -139,13 +134,13 @@ def multiply(part: Part, x: Swizzled, out: int, add: int, stride: int, gated: bo
     """One launch: `part` times all tokens of x into address `out` (float32, `stride` between tokens), plus `add`."""
     device = part.codes.device.index
     processors, most = _processors(device), _nvrtc.most_shared(device)
-    cut = cut or cut_for(part.kind, part.blocks, part.tiles, x.tokens, processors, most)
+    cut = cut or filled(part.kind, 256, 1, most)
     scales = 0 if x.scales is None else x.scales.data_ptr()
     weights = (part.codes.data_ptr(), part.scales.data_ptr(), 0 if part.shifts is None else part.shifts.data_ptr())
-    shape = (stride, part.rows, part.pair, 0, part.blocks, part.tiles, x.tokens, part.factor)
+    pieces = -(-part.blocks // BLOCKS) * -(-x.tokens // cut.tokens)
+    shape = (stride, part.rows, part.pair, 0, part.blocks, part.tiles, x.tokens, 0, pieces, part.factor)
     task = _Task(*weights, x.values.data_ptr(), scales, add, out, *shape)
-    pieces = -(-part.blocks // (BLOCKS * cut.shared_x)) * -(-x.tokens // cut.tokens)
-    grid = pieces * cut.cluster if cut.cluster > 1 else min(pieces, processors // cut.shared_x) * cut.shared_x
+    grid = pieces * cut.cluster if cut.cluster > 1 else min(pieces, processors)
     kernel = _multiplying(part.kind, cut, gated, device)
     kernel.launch((grid, 1, 1), (THREADS, 1, 1), Arguments(task), cut.shared(part.kind), dependent=True)
 
@@ -163,4 +158,4 @@ def _halving(device: int) -> Kernel:
 @cache
 def _multiplying(kind: Kind, cut: Cut, gated: bool, device: int) -> Kernel:
     defines = kind.defines() | cut.defines() | {"GATED": int(gated)}
-    return _nvrtc.module("wgmma.cu", ("many",), defines, device)["many"]
+    return _nvrtc.module("wgmma.cu", ("crowd",), defines, device)["crowd"]

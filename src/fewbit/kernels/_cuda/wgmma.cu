@@ -1,36 +1,38 @@
 // Many tokens times packed weights on a Hopper card: out[token][row] = sum over columns of x[token][column] * w[row][column].
 //
 // The transposed product is computed: weights are operand A, whose registers packed tiles already have the order of; they
-// become halves there, scaled. Activations are operand B, in shared memory. A block has 256 rows x NT tokens: two groups
-// of four warps, each warp with 32 rows, and a third group of which one warp brings the tiles into a ring of STAGES. While
-// the matrix units multiply 32 columns the next 32 become halves. KS blocks, a cluster, share the columns of a tile and
-// add their sums up in each other's memory, in the order of their ranks. MC blocks, a cluster too, have the same tokens and
-// each brings a part of x to all.
+// become halves there, scaled. Activations are operand B, in shared memory. A block has 128 rows x NT tokens: two groups
+// of four warps, the first with the first 16 rows of each of four tiles, the second with the last 16; a third group, of
+// which one warp brings tiles and activations into two rings. While the matrix units multiply 32 columns the next 32 become
+// halves. KS blocks, a cluster, share the columns of a tile and add their sums up in each other's memory, in the order of
+// their ranks.
 //
 // x lies as [columns / 64][tokens, filled up to eights][64] halves: of 32 columns the pairs 4 * thread + member lie as
 // 4 * member + thread, which is the order operand A has them in; then the 16-byte words of a token's 64 are exchanged, word
-// w to w ^ token % 8, which is how the matrix units want them (see `described`). So a stage's part of x is one stretch.
+// w to w ^ token % 8, which is how the matrix units want them (see `described`). So what a block wants is one stretch.
 //
-// Defined by whoever compiles: what tiles.cuh wants; NT (64 or 128); STAGES; KS (1, 2, 4 or 8); MC (1 or 2; 1 unless KS is); SKEW (tiles that the
-// second group stays behind the first, so that one writes while the other multiplies); GATED (0, or 1: out = silu(first
-// 16 rows of a tile) * last 16).
+// Defined by whoever compiles: what tiles.cuh wants; NT (64, 128 or 256); XS (slots of 64 columns of x); CS (slots of 128
+// columns of codes); KS (1, 2, 4 or 8); GATED (0, or 1: out = silu(first 16 rows of a tile) * last 16).
 #include "tiles.cuh"
 #include "wgmma_units.cuh"
 
-#define GROUPS_OF_WARPS 2
-#define WARPS (4 * GROUPS_OF_WARPS)
-#define THREADS (32 * (WARPS + 4))
-#define CLUSTER (KS * MC)
-// bytes of a stage
-#define X_BYTES (NT * 256)
-#define SCALES_AT (X_BYTES + WARPS * CODE_BYTES)
+#define TILES 4
+#define USERS 256
+#define THREADS (USERS + 128)
+// bytes of a slot of x, of a slot of codes with their scales and shifts
+#define X_BYTES (NT * 128)
 #define TILE_SCALES (SPAN ? GROUPS * SCALE_BYTES : 0)
 #define TILE_SHIFTS (SPAN ? GROUPS * SHIFT_BYTES : 0)
-#define SHIFTS_AT (SCALES_AT + WARPS * TILE_SCALES)
-#define STAGE_BYTES ((SHIFTS_AT + WARPS * TILE_SHIFTS + 1023) / 1024 * 1024)
-// floats between two tokens of a warp's sums: no two threads in one bank
-#define PITCH 36
-#define ROOM_BYTES (WARPS * 8 * PITCH * 4)
+#define SCALES_AT (TILES * CODE_BYTES)
+#define SHIFTS_AT (SCALES_AT + TILES * TILE_SCALES)
+#define C_BYTES (SHIFTS_AT + TILES * TILE_SHIFTS)
+// floats between two tokens of a block's sums: no two threads in one bank
+#define PITCH 132
+// floats of eight tokens' sums, of which two lie there
+#define ROOM (8 * PITCH)
+#define SHARED_BYTES (XS * X_BYTES + CS * C_BYTES + 8 * ROOM + 16 * (XS + CS))
+// token tiles whose x stays in the cache while all rows pass
+#define NEAR (4096 / NT)
 
 struct Output {
     const float* token_scales;  // or null: all 1
@@ -46,59 +48,77 @@ struct Task {
     const char* x;
     Output output;
     int blocks, tiles, tokens;
-    float by;  // weights are multiplied by it, results divided
+    int first, end;  // pieces of 128 rows x NT tokens to be made
+    float by;        // weights are multiplied by it, results divided
 
     __device__ __forceinline__ int padded() const { return (tokens + 7) / 8 * 8; }
-    __device__ __forceinline__ int across() const { return (tokens + NT - 1) / NT; }
-    __device__ __forceinline__ int count() const { return (blocks + WARPS * MC - 1) / (WARPS * MC) * across(); }
-    // of pieces numbered 0 .. count, the first token and a warp's block of rows
-    __device__ __forceinline__ int token(int piece) const { return piece % across() * NT; }
-    __device__ __forceinline__ int block(int piece, int rank, int warp) const {
-        return (piece / across() * MC + rank % MC) * WARPS + warp;
-    }
-    // of `rank` in a cluster
-    __device__ __forceinline__ int tile(int rank) const { return (int)((u64)tiles * (rank / MC) / KS); }
+    // the first tile of a rank's share of the columns
+    __device__ __forceinline__ int tile(int rank) const { return (int)((u64)tiles * rank / KS); }
 };
 
-// Where a walk round the ring has come.
-struct Place {
-    int slot = 0, phase = 0;
-    __device__ __forceinline__ void next() {
-        if (++slot == STAGES) slot = 0, phase ^= 1;
+// Where a piece lies.
+struct Piece {
+    int block, token;
+    __device__ __forceinline__ Piece(const Task& task, int number) {
+        int across = (task.tokens + NT - 1) / NT, down = (task.blocks + TILES - 1) / TILES;
+        int group = number / (NEAR * down), wide = min(NEAR, across - group * NEAR);
+        number -= group * NEAR * down;
+        block = number / wide * TILES;
+        token = (group * NEAR + number % wide) * NT;
     }
 };
 
+// SLOTS places in turn, each full or empty.
+template <int SLOTS, int BYTES>
 struct Ring {
-    char* stages;
-    u64* full;
-    u64* empty;
+    char* slots;
+    u64* barriers;
+    int slot = 0, phase = 0;
+
+    __device__ __forceinline__ void make() const {
+        for (int s = 0; s < SLOTS; ++s) {
+            barrier_make(barriers + s, 1);
+            barrier_make(barriers + SLOTS + s, USERS / 32);
+        }
+    }
+    __device__ __forceinline__ u64* full() const { return barriers + slot; }
+    __device__ __forceinline__ u64* empty() const { return barriers + SLOTS + slot; }
+    __device__ __forceinline__ char* here() const { return slots + slot * BYTES; }
+    __device__ __forceinline__ void next() {
+        if (++slot == SLOTS) slot = 0, phase ^= 1;
+    }
+};
+struct Rings {
+    Ring<XS, X_BYTES> x;
+    Ring<CS, C_BYTES> codes;
 };
 
-__device__ __forceinline__ void bring(const Task& task, const Ring& ring, int rank) {
-    int lane = threadIdx.x % 32;
-    Place at;
-    for (int i = blockIdx.x / CLUSTER; i < task.count(); i += gridDim.x / CLUSTER) {
-        int first = task.token(i), block = task.block(i, rank, lane);
-        int bytes = min(NT, task.padded() - first) * 128;
-        u64 row = (u64)min(block, task.blocks - 1) * task.tiles;
-        for (int tile = task.tile(rank); tile < task.tile(rank + MC); ++tile, at.next()) {
-            wait_for(ring.empty + at.slot, at.phase ^ 1);
-            char* stage = ring.stages + at.slot * STAGE_BYTES;
-            u64* full = ring.full + at.slot;
-            if (lane == 0) arrive_expecting(full, 2 * bytes + WARPS * (CODE_BYTES + TILE_SCALES + TILE_SHIFTS));
+__device__ __forceinline__ void bring(const Task& task, Rings rings, int rank) {
+    int lane = threadIdx.x;
+    for (int i = task.first + blockIdx.x / KS; i < task.end; i += gridDim.x / KS) {
+        Piece piece(task, i);
+        int bytes = min(NT, task.padded() - piece.token) * 128;
+        u64 row = (u64)min(piece.block + lane, task.blocks - 1) * task.tiles;
+        for (int tile = task.tile(rank); tile < task.tile(rank + 1); ++tile) {
+            wait_for(rings.codes.empty(), rings.codes.phase ^ 1);
+            if (lane == 0) arrive_expecting(rings.codes.full(), C_BYTES);
             __syncwarp();
-            if (lane < WARPS) {
-                copy_bulk(stage + X_BYTES + lane * CODE_BYTES, task.weights.codes + (row + tile) * CODE_BYTES, CODE_BYTES, full);
+            if (lane < TILES) {
+                char* to = rings.codes.here();
+                u64 at = row + tile, *full = rings.codes.full();
+                copy_bulk(to + lane * CODE_BYTES, task.weights.codes + at * CODE_BYTES, CODE_BYTES, full);
                 if (TILE_SCALES)
-                    copy_bulk(stage + SCALES_AT + lane * TILE_SCALES, task.weights.scales + (row + tile) * TILE_SCALES, TILE_SCALES, full);
+                    copy_bulk(to + SCALES_AT + lane * TILE_SCALES, task.weights.scales + at * TILE_SCALES, TILE_SCALES, full);
                 if (TILE_SHIFTS)
-                    copy_bulk(stage + SHIFTS_AT + lane * TILE_SHIFTS, task.weights.shifts + (row + tile) * TILE_SHIFTS, TILE_SHIFTS, full);
-            } else if (lane < WARPS + 2) {
-                int half = lane - WARPS;
-                char* to = stage + half * NT * 128;
-                const char* from = task.x + ((u64)(2 * tile + half) * task.padded() + first) * 128;
-                if (MC == 1) copy_bulk(to, from, bytes, full);
-                if (MC == 2 && half == rank) copy_bulk_to(to, from, bytes, full, 3);
+                    copy_bulk(to + SHIFTS_AT + lane * TILE_SHIFTS, task.weights.shifts + at * TILE_SHIFTS, TILE_SHIFTS, full);
+            }
+            rings.codes.next();
+            for (int half = 0; half < 2; ++half, rings.x.next()) {
+                wait_for(rings.x.empty(), rings.x.phase ^ 1);
+                if (lane) continue;
+                const char* from = task.x + ((u64)(2 * tile + half) * task.padded() + piece.token) * 128;
+                arrive_expecting(rings.x.full(), bytes);
+                copy_bulk(rings.x.here(), from, bytes, rings.x.full());
             }
         }
     }
@@ -107,9 +127,11 @@ __device__ __forceinline__ void bring(const Task& task, const Ring& ring, int ra
 __device__ __forceinline__ u32 twice(float v) { return half2_of(v, v); }
 __device__ __forceinline__ float power_of_two(int n) { return __uint_as_float((u32)(127 + n) << 23); }
 
-// What makes weights of a thread's codes, for its four rows: (code * 2^(at - 9) + less) * scale + more.
+// What makes weights of a thread's codes, for its rows: (code * 2^(at - 9) + less) * scale + more. H: the first or the
+// last 16 of a tile's rows.
+template <int H>
 struct Steps {
-    u32 scale[4], less[4], more[4];
+    u32 scale[2], less[2], more[2];
 
     __device__ __forceinline__ void load(const char* scales, const char* shifts, int at, float by) {
         Scale s;
@@ -117,21 +139,20 @@ struct Steps {
         s.load(scales, at);
         t.load(shifts, at);
 #pragma unroll
-        for (int four = 0; four < 4; ++four) {
-            int raised = Codes<BITS>::at(four) - 9;
-            scale[four] = twice(s.get(four) * (by * power_of_two(-raised)));
-            less[four] = twice(((SHIFTS == 1 ? t.get(four) : 0.0f) - CENTRE) * power_of_two(raised));
-            more[four] = twice(t.get(four) * by);
+        for (int i = 0; i < 2; ++i) {
+            int four = 2 * H + i, raised = Codes<BITS>::at(four) - 9;
+            scale[i] = twice(s.get(four) * (by * power_of_two(-raised)));
+            less[i] = twice(((SHIFTS == 1 ? t.get(four) : 0.0f) - CENTRE) * power_of_two(raised));
+            more[i] = twice(t.get(four) * by);
         }
     }
     // codes as unpack gives them, subnormal halves code * 2^(at - 24); exact up to the last step
     __device__ __forceinline__ void apply(u32* pairs) const {
         const u32 raise = 0x78007800;
 #pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            int four = i / 8 * 2 + i % 2;
-            u32 v = fma2(pairs[i], raise, less[four]);
-            pairs[i] = SHIFTS == 2 ? fma2(v, scale[four], more[four]) : mul2(v, scale[four]);
+        for (int i = 8 * H; i < 8 * H + 8; ++i) {
+            u32 v = fma2(pairs[i], raise, less[i % 2]);
+            pairs[i] = SHIFTS == 2 ? fma2(v, scale[i % 2], more[i % 2]) : mul2(v, scale[i % 2]);
         }
     }
 };
@@ -142,54 +163,61 @@ __device__ __forceinline__ u64 described(const char* p) {
     return (u64)((place_of(p) & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
 
-// [first or last 16 of a warp's rows][64 rows x NT tokens of the four warps as the matrix unit has them]
-typedef float Sums[2][NT / 2];
+// [64 rows x NT tokens of four warps as the matrix unit has them]
+typedef float Sums[NT / 2];
 // operand A of 32 columns, while those before are still being multiplied
 typedef u32 Pairs[2][16];
 
-// This warp needs a stage no longer; whoever fills it for this block hears of it.
 __device__ __forceinline__ void release(u64* empty) {
-    int lane = threadIdx.x % 32;
-    if (MC == 1) {
-        if (lane == 0) arrive(empty);
-    } else if (lane < MC) {
-        arrive_there(empty, lane);
-    }
+    if (threadIdx.x % 32 == 0) arrive(empty);
 }
 
-// One stage. `before`: the barrier of the stage before it, once its products are done.
-__device__ __forceinline__ void add_tile(Sums& sums, Pairs& pairs, const char* stage, const Steps& of_row, int warp,
-                                         bool more, u64* before, float by) {
-    int lane = threadIdx.x % 32;
+// 128 columns. `last` is the slot of x that is still being multiplied, if there is one, and will be.
+template <int H>
+__device__ __forceinline__ void add_tile(Sums& sums, Pairs& pairs, Rings& rings, const Steps<H>& of_row, u64*& last, bool more,
+                                         float by) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    wait_for(rings.codes.full(), rings.codes.phase);
+    const char* codes = rings.codes.here();
     u32 words[4 * BITS];
 #pragma unroll
     for (int c = 0; c < BITS; ++c) {
-        uint4 v = *(const uint4*)(stage + X_BYTES + warp * CODE_BYTES + c * 512 + lane * 16);
+        uint4 v = *(const uint4*)(codes + warp * CODE_BYTES + c * 512 + lane * 16);
         words[4 * c] = v.x; words[4 * c + 1] = v.y; words[4 * c + 2] = v.z; words[4 * c + 3] = v.w;
     }
-    u64 x = described(stage);
-    Steps steps = of_row;
+    Steps<H> steps = of_row;
+    u64 x = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         constexpr int span = SPAN ? SPAN : 128;
         if (SPAN && 32 * j % span == 0) {
             int g = 32 * j / span;
-            steps.load(stage + SCALES_AT + warp * TILE_SCALES + g * SCALE_BYTES,
-                       stage + SHIFTS_AT + warp * TILE_SHIFTS + g * SHIFT_BYTES, lane / 4, by);
+            steps.load(codes + SCALES_AT + warp * TILE_SCALES + g * SCALE_BYTES,
+                       codes + SHIFTS_AT + warp * TILE_SHIFTS + g * SHIFT_BYTES, lane / 4, by);
         }
         u32* now = pairs[j % 2];
         Codes<BITS>::unpack(words + BITS * j, now);
         steps.apply(now);
+        if (j == 3) {
+            __syncwarp();
+            release(rings.codes.empty());
+            rings.codes.next();
+        }
+        if (j % 2 == 0) {
+            wait_for(rings.x.full(), rings.x.phase);
+            x = described(rings.x.here());
+        }
         products_begin();
 #pragma unroll
         for (int p = 0; p < 2; ++p)
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-                multiply_async<NT>(sums[h], now + 8 * h + 4 * p, x + (j / 2 * NT * 128 + j % 2 * 64 + p * 32) / 16,
-                                   more || j + p > 0);
+            multiply_async<NT>(sums, now + 8 * H + 4 * p, x + (j % 2 * 64 + p * 32) / 16, more || j + p > 0);
         products_end();
         products_wait<1>();
-        if (j == 0 && more) release(before);
+        if (j == 2 || (j == 0 && more)) release(last);
+        if (j % 2 == 0) {
+            last = rings.x.empty();
+            rings.x.next();
+        }
     }
 }
 
@@ -197,168 +225,159 @@ __device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v));
 
 struct Writer {
     const Output& o;
-    float* room;  // of this warp
+    float* room;
     int block, first, tokens;
-    float inverse;
+    float factors[(NT + 31) / 32];  // of token lane + 32 i
+    bool whole;                     // fours can be stored at once
 
-    // four rows of a token from `row` of the warp's on
+    __device__ __forceinline__ Writer(const Task& task, const Piece& piece, float* room)
+        : o(task.output), room(room), block(piece.block), first(piece.token), tokens(task.tokens) {
+        float inverse = 1.0f / task.by;
+#pragma unroll
+        for (int i = 0; i < NT / 32; ++i) {
+            int token = min(first + 32 * i + (int)threadIdx.x % 32, tokens - 1);
+            factors[i] = o.token_scales ? o.token_scales[token] * inverse : inverse;
+        }
+        whole = ((u64)o.out | (u64)o.add) % 16 == 0 && o.stride % 4 == 0;
+    }
+
+    // four rows, from `r` of 128 (gated: of 64) on
     __device__ __forceinline__ void store(int token, int r, float4 v) const {
         int row = 32 * block + r, end = o.rows;
         u64 to = (u64)token * o.stride;
-        if (GATED) row = 16 * block + r, end = o.pair;
-        else if (o.pair) {
-            row = 16 * block + r % 16;
+        if (GATED) {
+            row = 16 * block + r;
             end = o.pair;
-            to += r < 16 ? 0 : o.pair;
+        } else if (o.pair) {
+            row = 16 * (block + r / 32) + r % 16;
+            end = o.pair;
+            to += r % 32 < 16 ? 0 : o.pair;
         }
-        if (row >= end) return;
         to += row;
-        float* out = o.out + to;
-        const float* add = o.add ? o.add + to : nullptr;
-        if (row + 4 <= end && (u64)out % 16 == 0 && (u64)add % 16 == 0) {
-            if (add) {
-                float4 a = *(const float4*)add;
+        if (whole && row + 4 <= end) {
+            if (o.add) {
+                float4 a = *(const float4*)(o.add + to);
                 v.x += a.x; v.y += a.y; v.z += a.z; v.w += a.w;
             }
-            *(float4*)out = v;
+            *(float4*)(o.out + to) = v;
             return;
         }
-        const float four[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (row + i < end) out[i] = (add ? add[i] : 0.0f) + four[i];
+        if (row < end) o.out[to] = (o.add ? o.add[to] : 0.0f) + v.x;
+        if (row + 1 < end) o.out[to + 1] = (o.add ? o.add[to + 1] : 0.0f) + v.y;
+        if (row + 2 < end) o.out[to + 2] = (o.add ? o.add[to + 2] : 0.0f) + v.z;
+        if (row + 3 < end) o.out[to + 3] = (o.add ? o.add[to + 3] : 0.0f) + v.w;
     }
 
-    // tokens 8 n .. 8 n + 8
+    // Tokens 8 n .. 8 n + 8, a warp for each.
+    template <int H>
     __device__ __forceinline__ void eight(const Sums& sums, int n) const {
-        int lane = threadIdx.x % 32, start = first + 8 * n;
-        if (start >= tokens) return;
+        int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4;
+        if (first + 8 * n >= tokens) return;
+        float* at = room + n % 2 * ROOM;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             int slot = lane % 4 * 2 + e;
-            float factor = inverse;
-            if (o.token_scales) factor *= o.token_scales[min(start + slot, tokens - 1)];
+            float factor = __shfl_sync(0xFFFFFFFF, factors[n / 4], n % 4 * 8 + slot);
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                float low = sums[0][n * 4 + 2 * i + e] * factor, high = sums[1][n * 4 + 2 * i + e] * factor;
-                float* to = room + slot * PITCH + 8 * i + lane / 4;
-                to[0] = GATED ? silu(low) * high : low;
-                if (!GATED) to[16] = high;
-            }
+            for (int i = 0; i < 2; ++i)
+                at[slot * PITCH + warp % 4 * 32 + 16 * H + 8 * i + lane / 4] = sums[n * 4 + 2 * i + e] * factor;
         }
-        __syncwarp();
-        constexpr int lanes = GATED ? 4 : 8;
-#pragma unroll
-        for (int u = 0; u < lanes / 4; ++u) {
-            int slot = u * (32 / lanes) + lane / lanes, r = lane % lanes * 4;
-            float4 v = *(const float4*)(room + slot * PITCH + r);
-            if (start + slot < tokens) store(start + slot, r, v);
+        // what lay in the other half has been read by all when they meet here again
+        meet(1, USERS);
+        int token = first + 8 * n + warp, r = lane * 4;
+        if (token >= tokens || (GATED && r >= 64)) return;
+        if (GATED) {
+            const float* from = at + warp * PITCH + r / 16 * 32 + r % 16;
+            float4 gate = *(const float4*)from, up = *(const float4*)(from + 16);
+            store(token, r, float4{silu(gate.x) * up.x, silu(gate.y) * up.y, silu(gate.z) * up.z, silu(gate.w) * up.w});
+        } else {
+            store(token, r, *(const float4*)(at + warp * PITCH + r));
         }
-        __syncwarp();
     }
 };
 
 #if KS > 1
 // A block keeps the sums of NT / KS tokens: its own, and those of the others, which lie in its ring.
+#define SHARE (NT / 8 / KS)
 __device__ __forceinline__ void share(const Sums& sums, float* room, int rank) {
-    constexpr int each = NT / 8 / KS;
-    int thread = threadIdx.x - 128;
 #pragma unroll
     for (int d = 0; d < KS; ++d) {
         if (d == rank) continue;
-        float* to = room + (u64)(rank < d ? rank : rank - 1) * each * 8 * 32 * WARPS + thread;
+        float* to = room + (rank < d ? rank : rank - 1) * SHARE * 4 * USERS + (int)threadIdx.x - 128;
 #pragma unroll
-        for (int n = 0; n < each; ++n)
-#pragma unroll
-            for (int i = 0; i < 8; ++i)
-                store_there(to + (n * 8 + i) * 32 * WARPS, d, sums[i / 4][(d * each + n) * 4 + i % 4]);
+        for (int v = 0; v < SHARE * 4; ++v) store_there(to + v * USERS, d, sums[d * SHARE * 4 + v]);
     }
 }
 __device__ __forceinline__ void gather(Sums& sums, const float* room, int d) {
-    constexpr int each = NT / 8 / KS;
-    int thread = threadIdx.x - 128;
 #pragma unroll
     for (int s = 0; s < KS - 1; ++s)
 #pragma unroll
-        for (int n = 0; n < each; ++n)
-#pragma unroll
-            for (int i = 0; i < 8; ++i)
-                sums[i / 4][(d * each + n) * 4 + i % 4] += room[((s * each + n) * 8 + i) * 32 * WARPS + thread];
+        for (int v = 0; v < SHARE * 4; ++v)
+            sums[d * SHARE * 4 + v] += room[(s * SHARE * 4 + v) * USERS + (int)threadIdx.x - 128];
 }
 #endif
 
-__device__ __forceinline__ void use(const Task& task, const Ring& ring, float* rooms, int rank) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4;
-    bool second = warp >= 4;
-    int steps_ahead = SKEW;
-    Place at;
-    if (SKEW && second && blockIdx.x / CLUSTER < task.count()) meet(1, 256);
-    for (int i = blockIdx.x / CLUSTER; i < task.count(); i += gridDim.x / CLUSTER) {
-        int first = task.token(i), block = task.block(i, rank, warp);
+template <int H>
+__device__ __forceinline__ void use(const Task& task, Rings rings, float* room, int rank) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    for (int i = task.first + blockIdx.x / KS; i < task.end; i += gridDim.x / KS) {
+        Piece piece(task, i);
         Sums sums;
         Pairs pairs;
-        Steps of_row;
+        Steps<H> of_row;
         if (SPAN == 0) {
-            u64 b = (u64)min(block, task.blocks - 1);
+            u64 b = (u64)min(piece.block + warp, task.blocks - 1);
             of_row.load(task.weights.scales + b * SCALE_BYTES, task.weights.shifts + b * SHIFT_BYTES, lane / 4, task.by);
         }
-        int start = task.tile(rank), stop = task.tile(rank + MC);
-        u64* before = ring.empty;
-        for (int tile = start; tile < stop; ++tile, at.next()) {
-            wait_for(ring.full + at.slot, at.phase);
-            add_tile(sums, pairs, ring.stages + at.slot * STAGE_BYTES, of_row, warp, tile > start, before, task.by);
-            before = ring.empty + at.slot;
-            if (SKEW && !second && --steps_ahead == 0) announce(1, 256);
-        }
+        u64* last = nullptr;
+        int start = task.tile(rank), stop = task.tile(rank + 1);
+        for (int tile = start; tile < stop; ++tile) add_tile<H>(sums, pairs, rings, of_row, last, tile > start, task.by);
+        Writer writer(task, piece, room);
         products_wait<0>();
-        release(before);
+        release(last);
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-#pragma unroll
-            for (int v = 0; v < NT / 2; ++v) settled(sums[h][v]);
-        Writer writer{task.output, rooms + warp * 8 * PITCH, block, first, task.tokens, 1.0f / task.by};
+        for (int v = 0; v < NT / 2; ++v) settled(sums[v]);
 #if KS > 1
-        // the ring is empty now in all blocks; the host gives each cluster one tile
+        // the rings are empty now in all blocks; a cluster has one piece
         cluster_meets();
-        share(sums, (float*)ring.stages, rank);
+        share(sums, (float*)rings.x.slots, rank);
         cluster_meets();
 #pragma unroll
         for (int d = 0; d < KS; ++d) {
             if (d != rank) continue;
-            gather(sums, (const float*)ring.stages, d);
+            gather(sums, (const float*)rings.x.slots, d);
 #pragma unroll
-            for (int n = 0; n < NT / 8 / KS; ++n) writer.eight(sums, d * (NT / 8 / KS) + n);
+            for (int n = 0; n < SHARE; ++n) writer.eight<H>(sums, d * SHARE + n);
         }
 #else
 #pragma unroll
-        for (int n = 0; n < NT / 8; ++n) writer.eight(sums, n);
+        for (int n = 0; n < NT / 8; ++n) writer.eight<H>(sums, n);
 #endif
     }
 }
 
 extern "C" __global__ void
-#if CLUSTER > 1
-__cluster_dims__(CLUSTER, 1, 1)
+#if KS > 1
+__cluster_dims__(KS, 1, 1)
 #endif
-__launch_bounds__(THREADS, 1) many(const __grid_constant__ Task task) {
+__launch_bounds__(THREADS, 1) crowd(const __grid_constant__ Task task) {
     extern __shared__ __align__(1024) char shared[];
-    Ring ring{shared, (u64*)(shared + STAGES * STAGE_BYTES + ROOM_BYTES), nullptr};
-    ring.empty = ring.full + STAGES;
-    int rank = CLUSTER > 1 ? cluster_rank() : 0;
+    char* codes = shared + XS * X_BYTES;
+    float* room = (float*)(codes + CS * C_BYTES);
+    u64* barriers = (u64*)(room + 2 * ROOM);
+    Rings rings{{shared, barriers}, {codes, barriers + 2 * XS}};
+    int rank = KS > 1 ? cluster_rank() : 0;
     if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; ++s) {
-            barrier_make(ring.full + s, 1);
-            barrier_make(ring.empty + s, WARPS * MC);
-        }
+        rings.x.make();
+        rings.codes.make();
         barriers_made();
     }
     __syncthreads();
-    if (MC > 1) cluster_meets();
     wait_for_inputs();
     let_next_begin();
     if (threadIdx.x < 128) {
         keep_fewer_registers<56>();
-        if (threadIdx.x < 32) bring(task, ring, rank);
+        if (threadIdx.x < 32) bring(task, rings, rank);
 #if KS > 1
         __syncwarp();
         cluster_meets();
@@ -366,11 +385,7 @@ __launch_bounds__(THREADS, 1) many(const __grid_constant__ Task task) {
 #endif
     } else {
         take_more_registers<224>();
-        use(task, ring, (float*)(shared + STAGES * STAGE_BYTES), rank);
-    }
-    // nobody leaves while others may still arrive at its barriers
-    if (MC > 1) {
-        __syncwarp();
-        cluster_meets();
+        if (threadIdx.x < 256) use<0>(task, rings, room, rank);
+        else use<1>(task, rings, room, rank);
     }
 }

@@ -28,13 +28,6 @@ __device__ __forceinline__ void copy_bulk(char* to, const char* from, int bytes,
         "r"(place_of(to)), "l"(from), "r"(bytes), "r"(place_of(b)) : "memory");
 }
 
-// to the same place in the blocks of a cluster whose bits are set; each block's own barrier hears of it
-__device__ __forceinline__ void copy_bulk_to(char* to, const char* from, int bytes, u64* b, u16 blocks) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
-        "r"(place_of(to)), "l"(from), "r"(bytes), "r"(place_of(b)), "h"(blocks) : "memory");
-}
-
 template <int COUNT>
 __device__ __forceinline__ void keep_fewer_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
@@ -44,12 +37,9 @@ __device__ __forceinline__ void take_more_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// Named barriers of so many threads.
+// A named barrier of so many threads.
 __device__ __forceinline__ void meet(int name, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void announce(int name, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
 __device__ __forceinline__ int cluster_rank() {
@@ -59,10 +49,6 @@ __device__ __forceinline__ int cluster_rank() {
 }
 __device__ __forceinline__ void cluster_meets() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void arrive_there(u64* b, int rank) {
-    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(place_of(b)), "r"(rank) : "memory");
 }
 // into the same place of another block of the cluster
 __device__ __forceinline__ void store_there(float* to, int rank, float value) {
