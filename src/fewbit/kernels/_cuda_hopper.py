@@ -53,18 +53,20 @@ class _Task(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Cut:
-    """How a product is cut. tokens: of a block, 64, 128 or 256; x_slots of 64 columns, code_slots of 128; cluster: blocks
-    that share the columns of a piece.
+    """How a product is cut. tokens: of a block, 32 to 256; x_slots of 64 columns, code_slots of 128; cluster: blocks
+    that share the columns of a piece; at_once: blocks on a multiprocessor.
     """
 
     tokens: int
     x_slots: int
     code_slots: int = CODES
     cluster: int = 1
+    at_once: int = 1
 
     def defines(self) -> dict[str, object]:
         """For the compiler."""
-        return {"NT": self.tokens, "XS": self.x_slots, "CS": self.code_slots, "KS": self.cluster}
+        slots = {"XS": self.x_slots, "CS": self.code_slots}
+        return {"NT": self.tokens, **slots, "KS": self.cluster, "AT_ONCE": self.at_once}
 
     def shared(self, kind: Kind) -> int:
         """Bytes of shared memory of a block."""
@@ -91,10 +93,11 @@ def _code_bytes(kind: Kind) -> int:
     return BLOCKS * (kind.bits * 512 + groups * ((128, 64, 64)[kind.scales] + (0, 32, 128)[kind.shifts]))
 
 
-def filled(kind: Kind, tokens: int, cluster: int, most_shared: int) -> Cut:
+def filled(kind: Kind, tokens: int, cluster: int, at_once: int, most_shared: int) -> Cut:
     """The cut with as many slots as there is room for."""
-    left = most_shared - ROOM - CODES * (_code_bytes(kind) + BARRIERS)
-    return Cut(tokens, min(MOST_X, left // (tokens * 128 + BARRIERS)), CODES, cluster)
+    # a multiprocessor keeps 1 KB for each block
+    room = (most_shared + 1024) // at_once - 1024 - ROOM - CODES * (_code_bytes(kind) + BARRIERS)
+    return Cut(tokens, min(MOST_X, room // (tokens * 128 + BARRIERS)), CODES, cluster, at_once)
 
 
 def words_of(x: Tensor) -> Tensor:
@@ -134,13 +137,13 @@ def multiply(part: Part, x: Swizzled, out: int, add: int, stride: int, gated: bo
     """One launch: `part` times all tokens of x into address `out` (float32, `stride` between tokens), plus `add`."""
     device = part.codes.device.index
     processors, most = _processors(device), _nvrtc.most_shared(device)
-    cut = cut or filled(part.kind, 256, 1, most)
+    cut = cut or filled(part.kind, 256, 1, 1, most)
     scales = 0 if x.scales is None else x.scales.data_ptr()
     weights = (part.codes.data_ptr(), part.scales.data_ptr(), 0 if part.shifts is None else part.shifts.data_ptr())
     pieces = -(-part.blocks // BLOCKS) * -(-x.tokens // cut.tokens)
     shape = (stride, part.rows, part.pair, 0, part.blocks, part.tiles, x.tokens, 0, pieces, part.factor)
     task = _Task(*weights, x.values.data_ptr(), scales, add, out, *shape)
-    grid = pieces * cut.cluster if cut.cluster > 1 else min(pieces, processors)
+    grid = pieces * cut.cluster if cut.cluster > 1 else min(pieces, processors * cut.at_once)
     kernel = _multiplying(part.kind, cut, gated, device)
     kernel.launch((grid, 1, 1), (THREADS, 1, 1), Arguments(task), cut.shared(part.kind), dependent=True)
 

@@ -11,7 +11,7 @@
 // 4 * member + thread, which is the order operand A has them in; then the 16-byte words of a token's 64 are exchanged, word
 // w to w ^ token % 8, which is how the matrix units want them (see `described`). So what a block wants is one stretch.
 //
-// Defined by whoever compiles: what tiles.cuh wants; NT (64, 128 or 256); XS (slots of 64 columns of x); CS (slots of 128
+// Defined by whoever compiles: what tiles.cuh wants; NT (32, 64, 128 or 256); AT_ONCE (blocks on a multiprocessor, 1 or 2); XS (slots of 64 columns of x); CS (slots of 128
 // columns of codes); KS (1, 2, 4 or 8); GATED (0, or 1: out = silu(first 16 rows of a tile) * last 16).
 #include "tiles.cuh"
 #include "wgmma_units.cuh"
@@ -19,6 +19,9 @@
 #define TILES 4
 #define USERS 256
 #define THREADS (USERS + 128)
+// registers of a thread that brings and one that uses
+#define BRINGS (AT_ONCE == 2 ? 40 : 56)
+#define USES (AT_ONCE == 2 ? 96 : 224)
 // bytes of a slot of x, of a slot of codes with their scales and shifts
 #define X_BYTES (NT * 128)
 #define TILE_SCALES (SPAN ? GROUPS * SCALE_BYTES : 0)
@@ -360,7 +363,7 @@ extern "C" __global__ void
 #if KS > 1
 __cluster_dims__(KS, 1, 1)
 #endif
-__launch_bounds__(THREADS, 1) crowd(const __grid_constant__ Task task) {
+__launch_bounds__(THREADS, AT_ONCE) crowd(const __grid_constant__ Task task) {
     extern __shared__ __align__(1024) char shared[];
     char* codes = shared + XS * X_BYTES;
     float* room = (float*)(codes + CS * C_BYTES);
@@ -376,7 +379,7 @@ __launch_bounds__(THREADS, 1) crowd(const __grid_constant__ Task task) {
     wait_for_inputs();
     let_next_begin();
     if (threadIdx.x < 128) {
-        keep_fewer_registers<56>();
+        keep_fewer_registers<BRINGS>();
         if (threadIdx.x < 32) bring(task, rings, rank);
 #if KS > 1
         __syncwarp();
@@ -384,7 +387,7 @@ __launch_bounds__(THREADS, 1) crowd(const __grid_constant__ Task task) {
         cluster_meets();
 #endif
     } else {
-        take_more_registers<224>();
+        take_more_registers<USES>();
         if (threadIdx.x < 256) use<0>(task, rings, room, rank);
         else use<1>(task, rings, room, rank);
     }

@@ -73,6 +73,17 @@ __device__ __forceinline__ void multiply_async(float* c, const u32* a, u64 b, in
 #define TWO(i) "+f"(c[i]), "+f"(c[i + 1])
 #define EIGHT(i) TWO(i), TWO(i + 2), TWO(i + 4), TWO(i + 6)
 template <>
+__device__ __forceinline__ void multiply_async<32>(float* c, const u32* a, u64 b, int more) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %21, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+        "{%16, %17, %18, %19}, %20, p, 1, 1, 0; }"
+        : EIGHT(0), EIGHT(8)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
+}
+
+template <>
 __device__ __forceinline__ void multiply_async<64>(float* c, const u32* a, u64 b, int more) {
     asm volatile(
         "{ .reg .pred p; setp.ne.b32 p, %37, 0;\n"
