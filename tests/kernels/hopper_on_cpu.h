@@ -12,6 +12,8 @@
 #define __syncthreads here_block_meets
 #define __syncwarp here_warp_meets
 #define __shfl_sync(mask, value, lane) here_shuffled(value, lane)
+#define __shfl_down_sync(mask, value, by) here_shuffled(value, std::min(thread_number() % 32 + by, 31))
+#define __shfl_up_sync(mask, value, by) here_shuffled(value, std::max(thread_number() % 32 - by, 0))
 
 inline thread_local Index gridDim;
 
@@ -103,17 +105,20 @@ inline void copy_bulk(char* to, const char* from, int bytes, u64* b) {
     bar_of(b).look();
 }
 
-template <class T>
-T* there(T* p, int rank) { return (T*)(here->cluster->blocks[rank]->shared + place_of(p)); }
-
 template <int> void keep_fewer_registers() {}
 template <int> void take_more_registers() {}
 inline void meet(int, int) { here->named.arrive_and_wait(); }
 inline int cluster_rank() { return here->rank; }
 inline void cluster_meets() { here->cluster->together.arrive_and_wait(); }
-inline void store_there(float* to, int rank, float value) {
-    *there(to, rank) = value;
-}
+struct Near {
+    float* at;
+    void store(int known, int more, float value) const { at[known + more] = value; }
+};
+struct Far {
+    float* at;
+    Far(float* p, int rank) : at((float*)(here->cluster->blocks[rank]->shared + place_of(p))) {}
+    void store(int known, int more, float value) const { at[known + more] = value; }
+};
 
 struct Product { float* c; const u32* a; u64 b; bool more; int n; };
 inline thread_local std::vector<std::vector<Product>> running;

@@ -62,9 +62,9 @@ def kernel(folder: Path, defines: dict[str, object]) -> ctypes.CDLL:
 CASES = [
     # spec, shapes, tokens, cut, gated, grid
     ("int4g128", [(140, 384)], 135, Cut(128, 3, 2), False, 2),
-    ("int8a", [(48, 640), (48, 640)], 20, Cut(64, 2, 1, 4), False, 4),
+    ("int8a", [(48, 640), (48, 640)], 20, Cut(64, 4, 1, 4), False, 4),
     ("int2g32a", [(80, 256), (80, 256)], 9, Cut(64, 2, 2), True, 1),
-    ("gguf:q4_1", [(99, 256)], 70, Cut(64, 3, 2, 2), False, 4),
+    ("gguf:q4_1", [(99, 256)], 70, Cut(64, 4, 2, 2), False, 4),
     ("int3g64", [(40, 384)], 10, Cut(64, 4, 1), False, 1),
 ]
 

@@ -22,8 +22,8 @@ ARCH = 90
 # 32-row blocks of a block of threads, and its threads
 BLOCKS, THREADS = 4, 384
 HALVE_THREADS = 1024
-# bytes in which a block turns its sums round; a slot's barriers
-ROOM, BARRIERS = 2 * 8 * 132 * 4, 16
+# bytes in which a block turns the sums of a token round, half of its tokens at a time; a slot's barriers
+ROOM, BARRIERS = 132 * 4, 16
 MOST_X, CODES = 8, 3
 # tiles of 128 columns that each block of a cluster should have
 LEAST_TILES = 4
@@ -71,7 +71,7 @@ class Cut:
     def shared(self, kind: Kind) -> int:
         """Bytes of shared memory of a block."""
         slots = self.x_slots * (self.tokens * 128 + BARRIERS) + self.code_slots * (_code_bytes(kind) + BARRIERS)
-        return slots + ROOM
+        return slots + self.tokens // 2 * ROOM
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _code_bytes(kind: Kind) -> int:
 def filled(kind: Kind, tokens: int, cluster: int, at_once: int, most_shared: int) -> Cut:
     """The cut with as many slots as there is room for."""
     # a multiprocessor keeps 1 KB for each block
-    room = (most_shared + 1024) // at_once - 1024 - ROOM - CODES * (_code_bytes(kind) + BARRIERS)
+    room = (most_shared + 1024) // at_once - 1024 - tokens // 2 * ROOM - CODES * (_code_bytes(kind) + BARRIERS)
     return Cut(tokens, min(MOST_X, room // (tokens * 128 + BARRIERS)), CODES, cluster, at_once)
 
 

@@ -5,7 +5,7 @@
 // of four warps, the first with the first 16 rows of each of four tiles, the second with the last 16; a third group, of
 // which one warp brings tiles and activations into two rings. While the matrix units multiply 32 columns the next 32 become
 // halves. KS blocks, a cluster, share the columns of a tile and add their sums up in each other's memory, in the order of
-// their ranks.
+// their ranks. What is run once for all columns is kept short: its instructions come from far.
 //
 // x lies as [columns / 64][tokens, filled up to eights][64] halves: of 32 columns the pairs 4 * thread + member lie as
 // 4 * member + thread, which is the order operand A has them in; then the 16-byte words of a token's 64 are exchanged, word
@@ -31,11 +31,12 @@
 #define C_BYTES (SHIFTS_AT + TILES * TILE_SHIFTS)
 // floats between two tokens of a block's sums: no two threads in one bank
 #define PITCH 132
-// floats of eight tokens' sums, of which two lie there
-#define ROOM (8 * PITCH)
-#define SHARED_BYTES (XS * X_BYTES + CS * C_BYTES + 8 * ROOM + 16 * (XS + CS))
+// tokens whose sums are turned round at a time, in two rooms
+#define PART (NT / 4)
+#define ROOMS_BYTES (2 * PART * PITCH * 4)
+#define SHARED_BYTES (XS * X_BYTES + CS * C_BYTES + ROOMS_BYTES + 16 * (XS + CS))
 // token tiles whose x stays in the cache while all rows pass
-#define NEAR (4096 / NT)
+#define NEAR_TILES (4096 / NT)
 
 struct Output {
     const float* token_scales;  // or null: all 1
@@ -64,10 +65,10 @@ struct Piece {
     int block, token;
     __device__ __forceinline__ Piece(const Task& task, int number) {
         int across = (task.tokens + NT - 1) / NT, down = (task.blocks + TILES - 1) / TILES;
-        int group = number / (NEAR * down), wide = min(NEAR, across - group * NEAR);
-        number -= group * NEAR * down;
+        int group = number / (NEAR_TILES * down), wide = min(NEAR_TILES, across - group * NEAR_TILES);
+        number -= group * NEAR_TILES * down;
         block = number / wide * TILES;
-        token = (group * NEAR + number % wide) * NT;
+        token = (group * NEAR_TILES + number % wide) * NT;
     }
 };
 
@@ -226,99 +227,80 @@ __device__ __forceinline__ void add_tile(Sums& sums, Pairs& pairs, Rings& rings,
 
 __device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }
 
+// A thread's sums of tokens 8 n .. 8 n + 8 go to a room: [token][128 rows].
+template <int H, class Room>
+__device__ __forceinline__ void turn(const Sums& sums, int n, const Room& room, int slot) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+#pragma unroll
+    for (int v = 0; v < 4; ++v)
+        room.store((slot + v % 2) * PITCH + 8 * (v / 2), (lane % 4 * 2) * PITCH + warp * 32 + 16 * H + lane / 4, sums[n * 4 + v]);
+}
+
+// Rows of a block, as the threads of a warp write them: those of a tile side by side.
 struct Writer {
     const Output& o;
-    float* room;
-    int block, first, tokens;
-    float factors[(NT + 31) / 32];  // of token lane + 32 i
-    bool whole;                     // fours can be stored at once
+    int tokens;
+    float inverse;
+    int to[4];  // a thread's places of a token, -1 where there is none
 
-    __device__ __forceinline__ Writer(const Task& task, const Piece& piece, float* room)
-        : o(task.output), room(room), block(piece.block), first(piece.token), tokens(task.tokens) {
-        float inverse = 1.0f / task.by;
+    __device__ __forceinline__ Writer(const Task& task, int block) : o(task.output), tokens(task.tokens), inverse(1.0f / task.by) {
+        int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int i = 0; i < NT / 32; ++i) {
-            int token = min(first + 32 * i + (int)threadIdx.x % 32, tokens - 1);
-            factors[i] = o.token_scales ? o.token_scales[token] * inverse : inverse;
-        }
-        whole = ((u64)o.out | (u64)o.add) % 16 == 0 && o.stride % 4 == 0;
-    }
-
-    // four rows, from `r` of 128 (gated: of 64) on
-    __device__ __forceinline__ void store(int token, int r, float4 v) const {
-        int row = 32 * block + r, end = o.rows;
-        u64 to = (u64)token * o.stride;
-        if (GATED) {
-            row = 16 * block + r;
-            end = o.pair;
-        } else if (o.pair) {
-            row = 16 * (block + r / 32) + r % 16;
-            end = o.pair;
-            to += r % 32 < 16 ? 0 : o.pair;
-        }
-        to += row;
-        if (whole && row + 4 <= end) {
-            if (o.add) {
-                float4 a = *(const float4*)(o.add + to);
-                v.x += a.x; v.y += a.y; v.z += a.z; v.w += a.w;
+        for (int q = 0; q < 4; ++q) {
+            int row = 32 * (block + q) + lane;
+            if (GATED) {
+                row = 16 * block + 32 * q + lane;
+                to[q] = q < 2 && row < o.pair ? row : -1;
+            } else if (o.pair) {
+                row = 16 * (block + q) + lane % 16;
+                to[q] = row < o.pair ? row + (lane < 16 ? 0 : o.pair) : -1;
+            } else {
+                to[q] = row < o.rows ? row : -1;
             }
-            *(float4*)(o.out + to) = v;
-            return;
         }
-        if (row < end) o.out[to] = (o.add ? o.add[to] : 0.0f) + v.x;
-        if (row + 1 < end) o.out[to + 1] = (o.add ? o.add[to + 1] : 0.0f) + v.y;
-        if (row + 2 < end) o.out[to + 2] = (o.add ? o.add[to + 2] : 0.0f) + v.z;
-        if (row + 3 < end) o.out[to + 3] = (o.add ? o.add[to + 3] : 0.0f) + v.w;
     }
-
-    // Tokens 8 n .. 8 n + 8, a warp for each.
-    template <int H>
-    __device__ __forceinline__ void eight(const Sums& sums, int n) const {
+    // what tokens first + warp + 8 * lane are to be multiplied by
+    __device__ __forceinline__ float factor(int first) const {
+        int token = first + (int)threadIdx.x / 32 - 4 + 8 * ((int)threadIdx.x % 32);
+        return o.token_scales ? o.token_scales[min(token, tokens - 1)] * inverse : inverse;
+    }
+    // COUNT tokens from a room, or from KS rooms, one of each rank, which are added up in their order
+    template <int COUNT>
+    __device__ __forceinline__ void write(const float* room, int first, float factors) const {
         int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4;
-        if (first + 8 * n >= tokens) return;
-        float* at = room + n % 2 * ROOM;
+#pragma unroll 1
+        for (int i = 0; i < (COUNT + 7) / 8; ++i) {
+            int slot = warp + 8 * i, token = first + slot;
+            float by = __shfl_sync(0xFFFFFFFF, factors, i);
+            if (token >= tokens || slot >= COUNT) return;
+            const float* from = room + slot * PITCH + lane;
+            float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            int slot = lane % 4 * 2 + e;
-            float factor = __shfl_sync(0xFFFFFFFF, factors[n / 4], n % 4 * 8 + slot);
+            for (int r = 0; r < KS; ++r)
 #pragma unroll
-            for (int i = 0; i < 2; ++i)
-                at[slot * PITCH + warp % 4 * 32 + 16 * H + 8 * i + lane / 4] = sums[n * 4 + 2 * i + e] * factor;
-        }
-        // what lay in the other half has been read by all when they meet here again
-        meet(1, USERS);
-        int token = first + 8 * n + warp, r = lane * 4;
-        if (token >= tokens || (GATED && r >= 64)) return;
-        if (GATED) {
-            const float* from = at + warp * PITCH + r / 16 * 32 + r % 16;
-            float4 gate = *(const float4*)from, up = *(const float4*)(from + 16);
-            store(token, r, float4{silu(gate.x) * up.x, silu(gate.y) * up.y, silu(gate.z) * up.z, silu(gate.w) * up.w});
-        } else {
-            store(token, r, *(const float4*)(at + warp * PITCH + r));
+                for (int q = 0; q < 4; ++q) v[q] += from[r * COUNT * PITCH + 32 * q];
+            if (GATED) {
+#pragma unroll
+                for (int q = 0; q < 4; ++q) {
+                    // 16 rows of the first matrix, 16 of the second: lanes 0 to 15 have what lanes 16 to 31 want
+                    float up = __shfl_down_sync(0xFFFFFFFF, v[q], 16);
+                    v[q] = silu(v[q] * by) * (up * by);
+                }
+                // two tiles' halves of a warp become one
+                float a = __shfl_up_sync(0xFFFFFFFF, v[1], 16), b = __shfl_up_sync(0xFFFFFFFF, v[3], 16);
+                v[0] = lane < 16 ? v[0] : a;
+                v[1] = lane < 16 ? v[2] : b;
+                by = 1.0f;
+            }
+            u64 start = (u64)token * o.stride;
+#pragma unroll
+            for (int q = 0; q < 4; ++q) v[q] = (o.add && to[q] >= 0 ? o.add[start + to[q]] : 0.0f) + v[q] * by;
+#pragma unroll
+            for (int q = 0; q < 4; ++q)
+                if (to[q] >= 0) o.out[start + to[q]] = v[q];
         }
     }
 };
-
-#if KS > 1
-// A block keeps the sums of NT / KS tokens: its own, and those of the others, which lie in its ring.
-#define SHARE (NT / 8 / KS)
-__device__ __forceinline__ void share(const Sums& sums, float* room, int rank) {
-#pragma unroll
-    for (int d = 0; d < KS; ++d) {
-        if (d == rank) continue;
-        float* to = room + (rank < d ? rank : rank - 1) * SHARE * 4 * USERS + (int)threadIdx.x - 128;
-#pragma unroll
-        for (int v = 0; v < SHARE * 4; ++v) store_there(to + v * USERS, d, sums[d * SHARE * 4 + v]);
-    }
-}
-__device__ __forceinline__ void gather(Sums& sums, const float* room, int d) {
-#pragma unroll
-    for (int s = 0; s < KS - 1; ++s)
-#pragma unroll
-        for (int v = 0; v < SHARE * 4; ++v)
-            sums[d * SHARE * 4 + v] += room[(s * SHARE * 4 + v) * USERS + (int)threadIdx.x - 128];
-}
-#endif
 
 template <int H>
 __device__ __forceinline__ void use(const Task& task, Rings rings, float* room, int rank) {
@@ -335,26 +317,38 @@ __device__ __forceinline__ void use(const Task& task, Rings rings, float* room, 
         u64* last = nullptr;
         int start = task.tile(rank), stop = task.tile(rank + 1);
         for (int tile = start; tile < stop; ++tile) add_tile<H>(sums, pairs, rings, of_row, last, tile > start, task.by);
-        Writer writer(task, piece, room);
+        Writer writer(task, piece.block);
+        constexpr int part = KS > 1 ? NT / KS : PART;
+        float factors[KS > 1 ? 1 : NT / PART];
+        int own = piece.token + (KS > 1 ? rank * part : 0);
+#pragma unroll
+        for (int c = 0; c < (KS > 1 ? 1 : NT / PART); ++c) factors[c] = writer.factor(own + c * part);
         products_wait<0>();
         release(last);
 #pragma unroll
         for (int v = 0; v < NT / 2; ++v) settled(sums[v]);
 #if KS > 1
-        // the rings are empty now in all blocks; a cluster has one piece
-        cluster_meets();
-        share(sums, (float*)rings.x.slots, rank);
+        // the rings are empty in all blocks when they meet: the sums of a rank's tokens go to its room `rank` there
         cluster_meets();
 #pragma unroll
         for (int d = 0; d < KS; ++d) {
-            if (d != rank) continue;
-            gather(sums, (const float*)rings.x.slots, d);
+            Far there((float*)rings.x.slots + rank * part * PITCH, d);
 #pragma unroll
-            for (int n = 0; n < SHARE; ++n) writer.eight<H>(sums, d * SHARE + n);
+            for (int n = 0; n < part / 8; ++n) turn<H>(sums, d * (part / 8) + n, there, 8 * n);
         }
+        cluster_meets();
+        writer.write<part>((const float*)rings.x.slots, own, factors[0]);
 #else
 #pragma unroll
-        for (int n = 0; n < NT / 8; ++n) writer.eight<H>(sums, n);
+        for (int c = 0; c < NT / PART; ++c) {
+            if (own + c * part >= task.tokens) break;
+            Near here{room + c % 2 * PART * PITCH};
+#pragma unroll
+            for (int n = 0; n < part / 8; ++n) turn<H>(sums, c * (part / 8) + n, here, 8 * n);
+            // what lay in the other room has been read by all when they meet here
+            meet(1, USERS);
+            writer.write<part>(here.at, own + c * part, factors[c]);
+        }
 #endif
     }
 }
@@ -367,7 +361,7 @@ __launch_bounds__(THREADS, AT_ONCE) crowd(const __grid_constant__ Task task) {
     extern __shared__ __align__(1024) char shared[];
     char* codes = shared + XS * X_BYTES;
     float* room = (float*)(codes + CS * C_BYTES);
-    u64* barriers = (u64*)(room + 2 * ROOM);
+    u64* barriers = (u64*)((char*)room + ROOMS_BYTES);
     Rings rings{{shared, barriers}, {codes, barriers + 2 * XS}};
     int rank = KS > 1 ? cluster_rank() : 0;
     if (threadIdx.x == 0) {
@@ -382,6 +376,7 @@ __launch_bounds__(THREADS, AT_ONCE) crowd(const __grid_constant__ Task task) {
         keep_fewer_registers<BRINGS>();
         if (threadIdx.x < 32) bring(task, rings, rank);
 #if KS > 1
+        // once for each of the users' meetings; a cluster has one piece
         __syncwarp();
         cluster_meets();
         cluster_meets();

@@ -50,11 +50,20 @@ __device__ __forceinline__ int cluster_rank() {
 __device__ __forceinline__ void cluster_meets() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// into the same place of another block of the cluster
-__device__ __forceinline__ void store_there(float* to, int rank, float value) {
-    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-                 "st.shared::cluster.f32 [there], %2; }" ::"r"(place_of(to)), "r"(rank), "f"(value) : "memory");
-}
+// floats in this block's shared memory, and at the same place in that of a block of the cluster; `known` is a constant
+struct Near {
+    float* at;
+    __device__ __forceinline__ void store(int known, int more, float value) const { at[known + more] = value; }
+};
+struct Far {
+    u32 at;
+    __device__ __forceinline__ Far(float* here, int rank) {
+        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(place_of(here)), "r"(rank));
+    }
+    __device__ __forceinline__ void store(int known, int more, float value) const {
+        asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(at + 4 * more + 4 * known), "f"(value) : "memory");
+    }
+};
 
 // Asynchronous products: what was written to registers before `begin` is seen; `wait` leaves that many groups running.
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
