@@ -24,7 +24,7 @@ BLOCKS, THREADS = 4, 384
 HALVE_THREADS = 1024
 # bytes in which a block turns the sums of a token round, half of its tokens at a time; a slot's barriers
 ROOM, BARRIERS = 132 * 4, 16
-MOST_X, CODES = 8, 3
+MOST_X, LEAST_X, CODES = 8, 4, 3
 # tiles of 128 columns that each block of a cluster should have
 LEAST_TILES = 4
 
@@ -96,8 +96,11 @@ def _code_bytes(kind: Kind) -> int:
 def filled(kind: Kind, tokens: int, cluster: int, at_once: int, most_shared: int) -> Cut:
     """The cut with as many slots as there is room for."""
     # a multiprocessor keeps 1 KB for each block
-    room = (most_shared + 1024) // at_once - 1024 - tokens // 2 * ROOM - CODES * (_code_bytes(kind) + BARRIERS)
-    return Cut(tokens, min(MOST_X, room // (tokens * 128 + BARRIERS)), CODES, cluster, at_once)
+    room = (most_shared + 1024) // at_once - 1024 - tokens // 2 * ROOM
+    each = _code_bytes(kind) + BARRIERS
+    slots = {codes: (room - codes * each) // (tokens * 128 + BARRIERS) for codes in (CODES, CODES - 1)}
+    codes = CODES if slots[CODES] >= LEAST_X else CODES - 1
+    return Cut(tokens, min(MOST_X, slots[codes]), codes, cluster, at_once)
 
 
 def words_of(x: Tensor) -> Tensor:

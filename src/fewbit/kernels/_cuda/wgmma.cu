@@ -268,36 +268,48 @@ struct Writer {
     template <int COUNT>
     __device__ __forceinline__ void write(const float* room, int first, float factors) const {
         int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4;
-#pragma unroll 1
-        for (int i = 0; i < (COUNT + 7) / 8; ++i) {
-            int slot = warp + 8 * i, token = first + slot;
-            float by = __shfl_sync(0xFFFFFFFF, factors, i);
-            if (token >= tokens || slot >= COUNT) return;
-            const float* from = room + slot * PITCH + lane;
-            float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        float* out[4];
 #pragma unroll
-            for (int r = 0; r < KS; ++r)
+        for (int q = 0; q < 4; ++q) out[q] = o.out + (u64)(first + warp) * o.stride + to[q];
+        u64 apart = (u64)o.add - (u64)o.out;
+        const float* from = room + warp * PITCH + lane;
+#pragma unroll 1
+        for (int i = 0; i < (COUNT + 7) / 8; ++i, from += 8 * PITCH) {
+            float by = __shfl_sync(0xFFFFFFFF, factors, i);
+            if (first + warp + 8 * i >= tokens || warp + 8 * i >= COUNT) return;
+            float v[4];
+#pragma unroll
+            for (int q = 0; q < 4; ++q) v[q] = from[32 * q];
+#pragma unroll
+            for (int r = 1; r < KS; ++r)
 #pragma unroll
                 for (int q = 0; q < 4; ++q) v[q] += from[r * COUNT * PITCH + 32 * q];
+#pragma unroll
+            for (int q = 0; q < 4; ++q) v[q] *= by;
             if (GATED) {
 #pragma unroll
                 for (int q = 0; q < 4; ++q) {
                     // 16 rows of the first matrix, 16 of the second: lanes 0 to 15 have what lanes 16 to 31 want
                     float up = __shfl_down_sync(0xFFFFFFFF, v[q], 16);
-                    v[q] = silu(v[q] * by) * (up * by);
+                    v[q] = silu(v[q]) * up;
                 }
                 // two tiles' halves of a warp become one
                 float a = __shfl_up_sync(0xFFFFFFFF, v[1], 16), b = __shfl_up_sync(0xFFFFFFFF, v[3], 16);
                 v[0] = lane < 16 ? v[0] : a;
                 v[1] = lane < 16 ? v[2] : b;
-                by = 1.0f;
             }
-            u64 start = (u64)token * o.stride;
+            if (o.add) {
+                float more[4];
 #pragma unroll
-            for (int q = 0; q < 4; ++q) v[q] = (o.add && to[q] >= 0 ? o.add[start + to[q]] : 0.0f) + v[q] * by;
+                for (int q = 0; q < 4; ++q) more[q] = to[q] >= 0 ? *(const float*)((u64)out[q] + apart) : 0.0f;
 #pragma unroll
-            for (int q = 0; q < 4; ++q)
-                if (to[q] >= 0) o.out[start + to[q]] = v[q];
+                for (int q = 0; q < 4; ++q) v[q] += more[q];
+            }
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+                if (to[q] >= 0) *out[q] = v[q];
+                out[q] += 8 * (u64)o.stride;
+            }
         }
     }
 };
