@@ -8,6 +8,7 @@
 //
 // Defined by whoever compiles: what tiles.cuh wants; NT (tokens / 8); WN, WK, RB, STAGES, XAHEAD; GATED (0, or 1: out =
 // silu(first 16 rows of a tile) * last 16).
+#include "output.cuh"
 #include "tiles.cuh"
 #include "units.cuh"
 
@@ -175,17 +176,6 @@ __device__ __forceinline__ void add_tile(Sums& acc, const char* slot, Activation
     }
 }
 
-struct Output {
-    const float* token_scales;  // or null: all 1
-    const float* add;           // or null; laid out as out is
-    float* out;
-    int stride;                 // between tokens
-    int rows;                   // of the matrix
-    int pair;                   // 0, or the rows of each of two matrices whose rows lie 16 and 16 in turn
-};
-
-__device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }
-
 // Sums of 32 rows and 8 tokens for each of WN, over the block's WK warps in order; block b of RB.
 __device__ __forceinline__ void write(const float* room, const Output& o, int b, int first, int tokens) {
     constexpr int each = GATED ? 16 : 32;
@@ -199,22 +189,7 @@ __device__ __forceinline__ void write(const float* room, const Output& o, int b,
             sum += from[k * WN * 8 * PITCH];
             if (GATED) up += from[k * WN * 8 * PITCH + 16];
         }
-        float factor = o.token_scales ? o.token_scales[token] : 1.0f;
-        sum *= factor;
-        int block = (blockIdx.x * WN + wn) * RB + b, row = 32 * block + r;
-        bool there = row < o.rows;
-        if (GATED) {
-            sum = silu(sum) * (up * factor);
-            row = 16 * block + r;
-            there = row < o.pair;
-        } else if (o.pair) {
-            row = 16 * block + r % 16;
-            there = row < o.pair;
-            row += r < 16 ? 0 : o.pair;
-        }
-        if (!there) continue;
-        u64 to = (u64)token * o.stride + row;
-        o.out[to] = o.add ? o.add[to] + sum : sum;
+        put<GATED>(o, sum, up, (blockIdx.x * WN + wn) * RB + b, r, token);
     }
 }
 

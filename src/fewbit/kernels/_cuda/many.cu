@@ -1,0 +1,339 @@
+// More tokens times packed weights: out[token][row] = sum over columns of x[token][column] * w[row][column].
+//
+// A block has WN x WK warps: WN times RB tiles of 32 rows, 8 * NT tokens, and WK warps that take tiles of 128 columns in
+// turn. Activations of XT rounds at a time lie in shared memory for the whole block, in the order of operand B, so that
+// one 16-byte read feeds two products; each warp copies its own tiles of weights ahead of use, and makes halves of them
+// once for all tokens of the block. blockIdx: tokens, rows, part of the columns; where columns are parted, sums go to
+// `partial` and the last block of those that `arrived` adds them up in order. Which sums are made in which order depends
+// on WK and the parts alone.
+//
+// LESS 1: what is to be subtracted from codes is subtracted from their halves, exactly. 0: a group's sum of x, by one
+// more product with ones, makes good for it.
+//
+// Defined by whoever compiles: what tiles.cuh wants; NT, WN, WK, RB; STAGES (tiles of a warp in shared memory); XT (a
+// power of two), XSTAGES (rounds' activations there), with XT * (XSTAGES - 1) >= STAGES - 1; BLOCKS (on a multiprocessor
+// at a time); LESS; GATED.
+#include "output.cuh"
+#include "tiles.cuh"
+#include "units.cuh"
+
+#define WARPS (WN * WK)
+#define THREADS (32 * WARPS)
+#define TOKENS (8 * NT)
+// floats between two tokens of a warp's sums: no two threads in one bank
+#define PITCH 36
+#define TILE_BYTES (CODE_BYTES + (SPAN ? GROUPS * (SCALE_BYTES + SHIFT_BYTES) : 0))
+#define SLOT (RB * TILE_BYTES)
+// bytes of activations: of 128 columns, of XT rounds
+#define X_TILE (256 * TOKENS)
+#define X_STAGE (XT * WK * X_TILE)
+// sums of x are wanted
+#define ONES (!LESS || SHIFTS == 2)
+
+static_assert(XT * (XSTAGES - 1) >= STAGES - 1, "activations would be read before they are there");
+
+// The part of the work that a block has.
+struct Part {
+    int token, block, tile, tiles;
+};
+
+// tile `at` of RB blocks of rows, `step` tiles apart, into a slot
+__device__ __forceinline__ void copy_tiles(char* slot, const Weights& w, u64 at, u64 step, int lane) {
+#pragma unroll
+    for (int b = 0; b < RB; ++b, at += step, slot += TILE_BYTES) {
+        const char* codes = w.codes + at * CODE_BYTES + lane * 16;
+#pragma unroll
+        for (int c = 0; c < BITS; ++c) copy(slot + c * 512 + lane * 16, codes + c * 512);
+        if (SPAN) {
+            constexpr int scales = GROUPS * SCALE_BYTES, shifts = GROUPS * SHIFT_BYTES;
+            if (lane < scales / 16) copy(slot + CODE_BYTES + lane * 16, w.scales + at * scales + lane * 16);
+            if (lane < shifts / 16) copy(slot + CODE_BYTES + scales + lane * 16, w.shifts + at * shifts + lane * 16);
+        }
+    }
+}
+
+// Activations lie as [columns / 32][tokens][32] halves. Those of XT rounds from round XT * stage on, as far as there are
+// any; tokens beyond the last are the last once more, and not written.
+template <class Copy>
+__device__ __forceinline__ void copy_x(char* room, const u16* halves, const Part& part, int stage, int tokens, Copy copy) {
+    int first = stage * XT * WK, left = part.tiles - first;
+    char* to = room + stage % XSTAGES * X_STAGE;
+#pragma unroll
+    for (int i = threadIdx.x; i < X_STAGE / 16; i += THREADS) {
+        int token = i / 4 % TOKENS, block = i / 4 / TOKENS;
+        u64 at = (u64)(4 * (part.tile + first) + block) * tokens + min(part.token + token, tokens - 1);
+        if (block < 4 * left) copy(to + i * 16, (const char*)(halves + at * 32 + i % 4 * 8));
+    }
+}
+
+struct Sums {
+    // [16 rows][8 tokens], as the matrix unit has them
+    float v[2 * RB][NT][4];
+    // sums of x, in every row alike
+    float x[NT][4];
+};
+
+__device__ __forceinline__ void clear(Sums& s) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            s.x[n][i] = 0.0f;
+#pragma unroll
+            for (int h = 0; h < 2 * RB; ++h) s.v[h][n][i] = 0.0f;
+        }
+}
+
+// Scales and shifts of a thread's four rows in one group.
+struct Group {
+    Scale scale;
+    Shift shift;
+
+    // two halves to add to a pair of codes of row `four`, raised as they are: exact
+    __device__ __forceinline__ u32 less(int four) const {
+        if (SHIFTS != 1) return both(0x8000u | (1u << (BITS - 1 + Codes<BITS>::at(four))));
+        return both(half_of((shift.get(four) - CENTRE) * __uint_as_float((u32)(127 - 24 + Codes<BITS>::at(four)) << 23)));
+    }
+    // what a sum over codes is to be multiplied by
+    __device__ __forceinline__ float by(int four) const { return scale.get(four) * factor<BITS>(four); }
+    // what a sum of x is to be multiplied by
+    __device__ __forceinline__ float more(int four) const {
+        float offset = LESS ? 0.0f : scale.get(four) * (SHIFTS == 1 ? shift.get(four) - CENTRE : -CENTRE);
+        return SHIFTS == 2 ? offset + shift.get(four) : offset;
+    }
+};
+
+// 32 columns of RB blocks of rows; `x` is where the thread's activations of them lie
+__device__ __forceinline__ void add_columns(Sums& s, const u32 words[RB][4 * BITS], int j, const u32 less[RB][4],
+                                            const char* x) {
+    const u32 ones[4] = {0x3C003C00, 0x3C003C00, 0x3C003C00, 0x3C003C00};
+    u32 pairs[RB][16];
+#pragma unroll
+    for (int b = 0; b < RB; ++b) {
+        Codes<BITS>::unpack(words[b] + BITS * j, pairs[b]);
+        if (LESS)
+#pragma unroll
+            for (int four = 0; four < 4; ++four)
+#pragma unroll
+                for (int m = 0; m < 4; ++m) {
+                    u32& pair = pairs[b][pair_of(four, m)];
+                    pair = add_halves(pair, less[b][four]);
+                }
+    }
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+        uint4 at = *(const uint4*)(x + n * 512);
+#pragma unroll
+        for (int b = 0; b < RB; ++b) {
+            multiply(s.v[2 * b + 0][n], pairs[b], at.x, at.y);
+            multiply(s.v[2 * b + 1][n], pairs[b] + 8, at.x, at.y);
+            multiply(s.v[2 * b + 0][n], pairs[b] + 4, at.z, at.w);
+            multiply(s.v[2 * b + 1][n], pairs[b] + 12, at.z, at.w);
+        }
+        if (ONES) {
+            multiply(s.x[n], ones, at.x, at.y);
+            multiply(s.x[n], ones, at.z, at.w);
+        }
+    }
+}
+
+// acc += scaled sums of a group
+__device__ __forceinline__ void scale(Sums& acc, const Sums& s, const Group* groups) {
+#pragma unroll
+    for (int b = 0; b < RB; ++b)
+#pragma unroll
+        for (int four = 0; four < 4; ++four) {
+            float by = groups[b].by(four), more = groups[b].more(four);
+#pragma unroll
+            for (int n = 0; n < NT; ++n)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    float& to = acc.v[2 * b + four / 2][n][four % 2 * 2 + i];
+                    to += by * s.v[2 * b + four / 2][n][four % 2 * 2 + i];
+                    if (ONES) to += more * s.x[n][i];
+                }
+        }
+}
+
+__device__ __forceinline__ void all_less(u32 less[RB][4], const Group* groups) {
+#pragma unroll
+    for (int b = 0; b < RB; ++b)
+#pragma unroll
+        for (int four = 0; four < 4; ++four) less[b][four] = LESS ? groups[b].less(four) : 0;
+}
+
+// `groups`: those of the row, where SPAN is 0
+__device__ __forceinline__ void add_tile(Sums& acc, const char* slot, const char* x, const Group* row, int lane) {
+    u32 words[RB][4 * BITS], less[RB][4];
+#pragma unroll
+    for (int b = 0; b < RB; ++b)
+#pragma unroll
+        for (int c = 0; c < BITS; ++c) {
+            uint4 v = *(const uint4*)(slot + b * TILE_BYTES + c * 512 + lane * 16);
+            words[b][4 * c] = v.x; words[b][4 * c + 1] = v.y; words[b][4 * c + 2] = v.z; words[b][4 * c + 3] = v.w;
+        }
+    if (SPAN == 0) {
+        all_less(less, row);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) add_columns(acc, words, j, less, x + j * (X_TILE / 4) + lane * 16);
+        return;
+    }
+    constexpr int span = SPAN ? SPAN : 128;
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+        Group groups[RB];
+#pragma unroll
+        for (int b = 0; b < RB; ++b) {
+            const char* from = slot + b * TILE_BYTES + CODE_BYTES;
+            groups[b].scale.load(from + g * SCALE_BYTES, lane / 4);
+            groups[b].shift.load(from + GROUPS * SCALE_BYTES + g * SHIFT_BYTES, lane / 4);
+        }
+        all_less(less, groups);
+        Sums sums;
+        clear(sums);
+#pragma unroll
+        for (int j = g * span / 32; j < (g + 1) * span / 32; ++j)
+            add_columns(sums, words, j, less, x + j * (X_TILE / 4) + lane * 16);
+        scale(acc, sums, groups);
+    }
+}
+
+// Where the block's sums of block `b` of RB and tokens 8 * n on lie among its partial ones: [WN][8 tokens][32 rows]
+__device__ __forceinline__ u64 place(int split, int n, int b) {
+    u64 mine = (u64)blockIdx.y * gridDim.x + blockIdx.x;
+    return (((mine * gridDim.z + split) * NT + n) * RB + b) * (WN * 256);
+}
+
+// Sums of WN x 32 rows and 8 tokens, over the block's WK warps in order.
+__device__ __forceinline__ void write(const float* room, const Output& o, float* partial, const Part& part, int b, int n,
+                                      int tokens) {
+    constexpr int each = GATED ? 16 : 32;
+    bool whole = gridDim.z == 1;
+    for (int e = threadIdx.x; e < WN * 256; e += THREADS) {
+        int r = e % 32, slot = e / 32 % 8, wn = e / 256, token = part.token + 8 * n + slot;
+        if (token >= tokens || (whole && r >= each)) continue;
+        const float* from = room + wn * 8 * PITCH + slot * PITCH + r;
+        float sum = 0.0f, up = 0.0f;
+#pragma unroll
+        for (int k = 0; k < WK; ++k) {
+            sum += from[k * WN * 8 * PITCH];
+            if (GATED && whole) up += from[k * WN * 8 * PITCH + 16];
+        }
+        if (whole) put<GATED>(o, sum, up, part.block + wn * RB + b, r, token);
+        else partial[place(blockIdx.z, n, b) + e] = sum;
+    }
+}
+
+// Partial sums of all parts of the columns, in order.
+__device__ __forceinline__ void write_all(const Output& o, const float* partial, const Part& part, int tokens) {
+    constexpr int each = GATED ? 16 : 32;
+    for (int n = 0; n < NT; ++n)
+        for (int b = 0; b < RB; ++b)
+            for (int e = threadIdx.x; e < WN * 8 * each; e += THREADS) {
+                int r = e % each, slot = e / each % 8, wn = e / each / 8, token = part.token + 8 * n + slot;
+                if (token >= tokens) continue;
+                const float* from = partial + place(0, n, b) + wn * 256 + slot * 32 + r;
+                float sum = 0.0f, up = 0.0f;
+#pragma unroll 4
+                for (int z = 0; z < gridDim.z; ++z) {
+                    sum += from[(u64)z * (NT * RB * WN * 256)];
+                    if (GATED) up += from[(u64)z * (NT * RB * WN * 256) + 16];
+                }
+                put<GATED>(o, sum, up, part.block + wn * RB + b, r, token);
+            }
+}
+
+__device__ __forceinline__ void write_sums(const Sums& acc, char* shared, const Output& output, float* partial,
+                                           const Part& part, int tokens) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float* room = (float*)shared;
+    float* mine = room + warp * 8 * PITCH;
+#pragma unroll
+    for (int b = 0; b < RB; ++b)
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+            if (part.token + 8 * n >= tokens) break;
+            __syncthreads();
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    mine[(lane % 4 * 2 + i % 2) * PITCH + 16 * h + i / 2 * 8 + lane / 4] = acc.v[2 * b + h][n][i];
+            __syncthreads();
+            write(room, output, partial, part, b, n, tokens);
+        }
+}
+
+// Whether this is the last of the blocks that share rows and tokens; what the others wrote is there then.
+__device__ __forceinline__ bool is_last(char* shared, u32* arrived) {
+    u32* count = arrived + blockIdx.y * gridDim.x + blockIdx.x;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        u32 before = atomicAdd(count, 1u);
+        // as the next launch wants it
+        if (before == gridDim.z - 1) *count = 0;
+        *(u32*)shared = before;
+    }
+    __syncthreads();
+    __threadfence();
+    return *(volatile u32*)shared == gridDim.z - 1;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+many(Weights weights, const u16* halves, Output output, float* partial, u32* arrived, int blocks, int tiles, int each,
+     int tokens) {
+    extern __shared__ __align__(16) char shared[];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, wn = warp % WN, wk = warp / WN;
+    // `each`: tiles of a part of the columns
+    int begin = blockIdx.z * each;
+    Part part{(int)blockIdx.x * TOKENS, (int)blockIdx.y * WN * RB, begin, min(tiles - begin, each)};
+    int block = min(part.block + wn * RB, blocks - 1), rounds = (part.tiles + WK - 1) / WK;
+    // rows beyond the last are those of the last once more, and not written
+    u64 start = (u64)block * tiles + begin + wk, step = block + 1 < blocks ? tiles : 0;
+    int own = (part.tiles - wk + WK - 1) / WK;
+    char* slots = shared + XSTAGES * X_STAGE + warp * STAGES * SLOT;
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s) {
+        if (s < own) copy_tiles(slots + s * SLOT, weights, start + s * WK, step, lane);
+        copies_end();
+    }
+    Group row[RB];
+    if (SPAN == 0)
+#pragma unroll
+        for (int b = 0; b < RB; ++b) {
+            u64 at = (u64)block + (step ? b : 0);
+            row[b].scale.load(weights.scales + at * SCALE_BYTES, lane / 4);
+            row[b].shift.load(weights.shifts + at * SHIFT_BYTES, lane / 4);
+        }
+    wait_for_inputs();
+    let_next_begin();
+#pragma unroll
+    for (int s = 0; s < XSTAGES - 1; ++s) copy_x(shared, halves, part, s, tokens, CopyNow());
+    Sums acc;
+    clear(acc);
+    int slot = 0, free = STAGES - 1;
+    for (int at = 0; at < rounds; ++at) {
+        wait_for_copies<STAGES - 2>();
+        if (at % XT == 0) __syncthreads();
+        else __syncwarp();
+        int later = at + STAGES - 1;
+        if (later < own) copy_tiles(slots + free * SLOT, weights, start + (u64)later * WK, step, lane);
+        if (at % XT == 0) copy_x(shared, halves, part, at / XT + XSTAGES - 1, tokens, CopyLater());
+        copies_end();
+        const char* x = shared + at / XT % XSTAGES * X_STAGE + (at % XT * WK + wk) * X_TILE;
+        if (at < own) add_tile(acc, slots + slot * SLOT, x, row, lane);
+        free = slot;
+        slot = slot + 1 == STAGES ? 0 : slot + 1;
+    }
+    if (SPAN == 0) {
+        Sums whole;
+        clear(whole);
+        scale(whole, acc, row);
+        acc = whole;
+    }
+    // nobody's tiles are needed any more: their room takes the sums
+    wait_for_copies<0>();
+    write_sums(acc, shared, output, partial, part, tokens);
+    if (gridDim.z > 1 && is_last(shared, arrived)) write_all(output, partial, part, tokens);
+}
