@@ -52,19 +52,37 @@ __device__ __forceinline__ void copy_tiles(char* slot, const Weights& w, u64 at,
     }
 }
 
-// Activations lie as [columns / 32][tokens][32] halves. Those of XT rounds from round XT * stage on, as far as there are
-// any; tokens beyond the last are the last once more, and not written.
-template <class Copy>
-__device__ __forceinline__ void copy_x(char* room, const u16* halves, const Part& part, int stage, int tokens, Copy copy) {
-    int first = stage * XT * WK, left = part.tiles - first;
-    char* to = room + stage % XSTAGES * X_STAGE;
-#pragma unroll
-    for (int i = threadIdx.x; i < X_STAGE / 16; i += THREADS) {
-        int token = i / 4 % TOKENS, block = i / 4 / TOKENS;
-        u64 at = (u64)(4 * (part.tile + first) + block) * tokens + min(part.token + token, tokens - 1);
-        if (block < 4 * left) copy(to + i * 16, (const char*)(halves + at * 32 + i % 4 * 8));
+// A thread's part of copying activations, which lie as [columns / 32][tokens][32] halves. Tokens beyond the last are the
+// last once more, and not written.
+struct Activations {
+    static constexpr int EACH = 4 * TOKENS, COUNT = X_STAGE / 16, ALIKE = THREADS % EACH == 0;
+    const char* from;
+    u64 block_bytes;
+    int first, tokens;
+
+    __device__ __forceinline__ Activations(const u16* halves, const Part& part, int tokens)
+        : block_bytes((u64)tokens * 64), first(part.token), tokens(tokens) {
+        from = (const char*)halves + (u64)part.tile * 4 * block_bytes + place(threadIdx.x);
     }
-}
+    __device__ __forceinline__ int place(int i) const {
+        return min(first + i / 4 % TOKENS, tokens - 1) * 64 + i % 4 * 16;
+    }
+    // those of XT rounds from round XT * stage on, as far as there are any: beyond, what is never used
+    template <class Copy>
+    __device__ __forceinline__ void copy(char* room, int stage, int tiles, Copy copy) const {
+        int last = 4 * (tiles - stage * XT * WK) - 1;
+        if (last < 0) return;
+        char* to = room + stage % XSTAGES * X_STAGE;
+        const char* base = from + (u64)(stage * XT * WK * 4) * block_bytes;
+#pragma unroll
+        for (int k = 0; k < (COUNT + THREADS - 1) / THREADS; ++k) {
+            int i = k * THREADS + threadIdx.x;
+            if (COUNT % THREADS && i >= COUNT) break;
+            const char* at = base + (u64)min(i / EACH, last) * block_bytes;
+            copy(to + i * 16, ALIKE ? at : at - place(threadIdx.x) + place(i));
+        }
+    }
+};
 
 struct Sums {
     // [16 rows][8 tokens], as the matrix unit has them
@@ -306,10 +324,11 @@ many(Weights weights, const u16* halves, Output output, float* partial, u32* arr
             row[b].scale.load(weights.scales + at * SCALE_BYTES, lane / 4);
             row[b].shift.load(weights.shifts + at * SHIFT_BYTES, lane / 4);
         }
+    Activations x(halves, part, tokens);
     wait_for_inputs();
     let_next_begin();
 #pragma unroll
-    for (int s = 0; s < XSTAGES - 1; ++s) copy_x(shared, halves, part, s, tokens, CopyNow());
+    for (int s = 0; s < XSTAGES - 1; ++s) x.copy(shared, s, part.tiles, CopyNow());
     Sums acc;
     clear(acc);
     int slot = 0, free = STAGES - 1;
@@ -319,10 +338,10 @@ many(Weights weights, const u16* halves, Output output, float* partial, u32* arr
         else __syncwarp();
         int later = at + STAGES - 1;
         if (later < own) copy_tiles(slots + free * SLOT, weights, start + (u64)later * WK, step, lane);
-        if (at % XT == 0) copy_x(shared, halves, part, at / XT + XSTAGES - 1, tokens, CopyLater());
+        if (at % XT == 0) x.copy(shared, at / XT + XSTAGES - 1, part.tiles, CopyLater());
         copies_end();
-        const char* x = shared + at / XT % XSTAGES * X_STAGE + (at % XT * WK + wk) * X_TILE;
-        if (at < own) add_tile(acc, slots + slot * SLOT, x, row, lane);
+        const char* columns = shared + at / XT % XSTAGES * X_STAGE + (at % XT * WK + wk) * X_TILE;
+        if (at < own) add_tile(acc, slots + slot * SLOT, columns, row, lane);
         free = slot;
         slot = slot + 1 == STAGES ? 0 : slot + 1;
     }

@@ -103,9 +103,14 @@ __device__ __forceinline__ void scale(Sums& acc, const Sums& s, const char* scal
 __device__ __forceinline__ void load_x(Words* x, const u16* halves, int block, int first, int tokens, int lane) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
+#if CLAMP
+        int token = min(first + 8 * n + lane / 4, tokens - 1);
+        x[n] = shared_by_all(halves + ((u64)block * tokens + token) * 32 + lane % 4 * 8);
+#else
         int token = first + 8 * n + lane / 4;
         x[n] = Words{0, 0, 0, 0};
         if (token < tokens) x[n] = shared_by_all(halves + ((u64)block * tokens + token) * 32 + lane % 4 * 8);
+#endif
     }
 }
 
