@@ -12,7 +12,7 @@ from fewbit.kernels import _nvrtc
 from fewbit.kernels._cuda_halves import Halves
 from fewbit.kernels._cuda_layout import Kind
 from fewbit.kernels._cuda_matrix import Part
-from fewbit.kernels._cuda_shapes import Shape, Tile, parts, room, shape_for, tile_for
+from fewbit.kernels._cuda_shapes import Shape, Tile, most_fused, parts, room, shape_for, tile_for
 from fewbit.kernels._nvrtc import Arguments, Kernel
 
 # tokens that product.cu multiplies; beyond, many.cu does
@@ -41,6 +41,11 @@ class Output(ctypes.Structure):
 def weights(part: Part) -> Weights:
     """Where a part's weights lie."""
     return Weights(part.codes.data_ptr(), part.scales.data_ptr(), 0 if part.shifts is None else part.shifts.data_ptr())
+
+
+def fused_tokens(part: Part) -> int:
+    """How many tokens `product` takes before weights written out as halves and cuBLAS are faster."""
+    return most_fused(_nvrtc.card_arch(part.codes.device.index))
 
 
 def product(part: Part, x: Halves, out: int, add: int, stride: int, gated: bool) -> None:

@@ -164,8 +164,14 @@ def _best(bits: int, blocks: int, tiles: int, wide: int) -> Shape:
     return Shape(1, 4, 2, 2, 2) if many else Shape(1, 8, 2, 2, 2)
 
 
+MOST_FUSED = {90: 512}
 # tokens a block has at most: with offsets that are no whole numbers of scales, and without
 MOST_WIDE = {True: 4, False: 8}
+
+
+def most_fused(arch: int) -> int:
+    """Tokens from which on writing weights out costs less than it gains, on cards of a compute capability such as 86."""
+    return MOST_FUSED.get(arch, 1024)
 
 
 def wide_for(kind: Kind, tokens: int) -> int:
@@ -185,6 +191,18 @@ def tile_for(kind: Kind, blocks: int, tiles: int, tokens: int, most_shared: int)
         tile = Tile(wide, 4, 2, 2, 3, 1, 3, 1, less)
     else:
         tile = Tile(wide, 8, 1, 1, 3, 1, 3, 1, less)
+    return fitted(tile, kind, most_shared)
+
+
+def fitted(tile: Tile, kind: Kind, most_shared: int) -> Tile:
+    """With fewer stages, then fewer warps, as far as shared memory asks for it."""
     while tile.shared(kind) > most_shared:
-        tile = replace(tile, row_warps=tile.row_warps // 2)
+        if tile.stages > 2:
+            tile = replace(tile, stages=tile.stages - 1, x_stages=min(tile.x_stages, tile.stages - 1))
+        elif tile.column_warps > 1:
+            tile = replace(tile, column_warps=tile.column_warps // 2)
+        elif tile.row_warps > 1:
+            tile = replace(tile, row_warps=tile.row_warps // 2)
+        else:
+            tile = replace(tile, row_blocks=1)
     return tile

@@ -1,10 +1,9 @@
 """fewbit's own kernels for NVIDIA cards from sm_80 on: packed weights of 2 to 8 bits times activations in half.
 
 Activations are rounded to halves once, each token first scaled by a power of two where its magnitude asks for it;
-weights are exact; sums are in float32. Up to `FUSED_TOKENS` tokens the packed weights are multiplied as they are, in
-one pass over them for 8, 16 or 32 tokens. More tokens: weights are written out as halves, rounded, in slices of at most
-64 MB, and multiplied by cuBLAS. A token's results may depend on how many tokens are beside it (1 to 8, 9 to 16, more),
-never on what they are. 7-bit codes take a byte. The sources are compiled at first use (see _nvrtc.py).
+weights are exact; sums are in float32. Up to `fused_tokens` the packed weights are multiplied as they are (see
+_cuda_products.py). More tokens: weights are written out as halves, rounded, in slices of at most 64 MB, and multiplied by
+cuBLAS. A token's results may depend on how many tokens are beside it, never on what they are. 7-bit codes take a byte. The sources are compiled at first use (see _nvrtc.py).
 
 Tensors on the CPU are copied to the card and the results back.
 """
@@ -22,12 +21,12 @@ from fewbit.kernels import Backend, Packed, _cuda_matrix, _nvrtc
 from fewbit.kernels._cuda_halves import Halves
 from fewbit.kernels._cuda_layout import COLUMNS, Kind, tiles_of
 from fewbit.kernels._cuda_matrix import Part
-from fewbit.kernels._cuda_products import product, weights
+from fewbit.kernels._cuda_products import fused_tokens, product, weights
 from fewbit.kernels._nvrtc import Kernel
 from fewbit.qtensor import QTensor
 
 DEVICES = ("cuda",)
-# tokens that are multiplied without writing the weights out
+# tokens that every card multiplies without writing the weights out
 FUSED_TOKENS = 128
 # bytes of weights that are written out at a time
 EXPANDED_BYTES = 64 << 20
@@ -71,8 +70,13 @@ class Cuda(Backend):
         there = x.to(_device(packed))
         if len(x) == 0:
             return torch.empty(0, rows, device=x.device)
-        y = self.multiply(self.halve(there), packed) if len(x) <= FUSED_TOKENS else self._dense(there, packed)
+        few = len(x) <= self.fused_tokens(packed)
+        y = self.multiply(self.halve(there), packed) if few else self._dense(there, packed)
         return y.to(x.device)
+
+    def fused_tokens(self, packed: Packed) -> int:
+        """How many tokens are multiplied without writing the weights out."""
+        return min(fused_tokens(part) for part in packed.data)
 
     def halve(self, x: Tensor) -> Halves:
         """x [T, in] float32 on a card, rows at any distance -> what `multiply` and `gated` take."""
