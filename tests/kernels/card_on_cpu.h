@@ -76,9 +76,18 @@ inline void let_next_begin() {}
 struct Copy { char* to; const char* from; };
 inline thread_local std::vector<std::vector<Copy>> groups;
 inline thread_local std::vector<Copy> open_group;
-inline void copy(char* to, const char* from) { open_group.push_back({to, from}); }
+// where copies may read, and whether one read elsewhere
+struct Range { const char* from; u64 size; };
+inline std::vector<Range> readable;
+inline bool strayed;
+inline void check(const char* from) {
+    for (const Range& r : readable)
+        if (from >= r.from && from + 16 <= r.from + r.size) return;
+    strayed = true;
+}
+inline void copy(char* to, const char* from) { check(from); open_group.push_back({to, from}); }
 struct CopyLater { void operator()(char* to, const char* from) const { copy(to, from); } };
-struct CopyNow { void operator()(char* to, const char* from) const { memcpy(to, from, 16); } };
+struct CopyNow { void operator()(char* to, const char* from) const { check(from); memcpy(to, from, 16); } };
 inline void copies_end() { groups.push_back(std::move(open_group)); open_group.clear(); }
 template <int LEFT>
 void wait_for_copies() {

@@ -18,8 +18,14 @@ from tests.kernels.stand_in import compiled
 
 RUN = """
 #include "NAME.cu"
-extern "C" void run(Weights weights, const u16* x, Output output, PARAMETERS int wide, int high, int deep) {
+extern "C" bool run(Weights weights, const u16* x, Output output, PARAMETERS int wide, int high, int deep) {
     gridDim = {wide, high, deep};
+    u64 all = (u64)blocks * tiles;
+    readable = {{weights.codes, all * CODE_BYTES},
+                {weights.scales, all * GROUPS * SCALE_BYTES},
+                {weights.shifts, all * GROUPS * SHIFT_BYTES},
+                {(const char*)x, (u64)tiles * 256 * tokens}};
+    strayed = false;
     for (int at = 0; at < wide * high * deep; ++at) {
         memset(poisoned, 0xFF, sizeof poisoned);
         Block block(WARPS);
@@ -33,6 +39,7 @@ extern "C" void run(Weights weights, const u16* x, Output output, PARAMETERS int
             });
         for (std::thread& thread : threads) thread.join();
     }
+    return strayed;
 }
 """
 FEW = {"NAME": "product", "PARAMETERS": "int blocks, int tiles, int tokens,", "ARGUMENTS": "blocks, tiles, tokens"}
@@ -114,7 +121,9 @@ def test_the_kernel_multiplies(make_tensor, tmp_path, spec, shapes, tokens, shap
     library = kernel(tmp_path, FEW, part.kind.defines() | shape.defines() | {"NT": wide, "GATED": int(gated)})
     grid = (-(-part.blocks // (shape.row_warps * shape.row_blocks)), -(-tokens // (8 * wide)), 1)
     sizes = (part.blocks, part.tiles, tokens, *grid)
-    library.run(weights(part), ctypes.c_void_p(case.halves.data_ptr()), case.output(), *map(ctypes.c_int, sizes))
+    x = ctypes.c_void_p(case.halves.data_ptr())
+    strayed = library.run(weights(part), x, case.output(), *map(ctypes.c_int, sizes))
+    assert strayed & 255 == 0
     case.check()
 
 
@@ -143,6 +152,7 @@ def test_the_kernel_for_more_tokens_multiplies(make_tensor, tmp_path, spec, shap
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (sums, arrived)]
     sizes = (part.blocks, part.tiles, -(-part.tiles // count), tokens, *grid)
     x = ctypes.c_void_p(case.halves.data_ptr())
-    library.run(weights(part), x, case.output(), *pointers, *map(ctypes.c_int, sizes))
+    strayed = library.run(weights(part), x, case.output(), *pointers, *map(ctypes.c_int, sizes))
+    assert strayed & 255 == 0
     case.check()
     assert not arrived.any()
