@@ -20,7 +20,7 @@ BLOCK_SUMS, BLOCK_COUNTS = 2 * 64 * 256, 8
 class Shape:
     """A block of row_warps x column_warps warps, each with row_blocks x 32 rows and `stages` tiles in shared memory.
 
-    x_ahead: how early activations are read (see product.cu).
+    x_ahead: how early activations are read (see product.cu); blocks: on a multiprocessor at a time.
     """
 
     row_warps: int
@@ -28,6 +28,7 @@ class Shape:
     row_blocks: int = 1
     stages: int = 2
     x_ahead: int = 1
+    blocks: int = 1
 
     def defines(self) -> dict[str, object]:
         """For the compiler."""
@@ -37,6 +38,7 @@ class Shape:
             "RB": self.row_blocks,
             "STAGES": self.stages,
             "XAHEAD": self.x_ahead,
+            "BLOCKS": self.blocks,
         }
 
     @property

@@ -30,6 +30,9 @@
 // sums of x are wanted
 #define ONES (!LESS || SHIFTS == 2)
 
+// eights of tokens whose products are mixed
+#define AT_ONCE (NT % 4 == 0 ? 4 : NT % 3 == 0 ? 3 : NT)
+
 static_assert(XT * (XSTAGES - 1) >= STAGES - 1, "activations would be read before they are there");
 
 // The part of the work that a block has.
@@ -138,20 +141,22 @@ __device__ __forceinline__ void add_columns(Sums& s, const u32 words[RB][4 * BIT
                     pair = add_halves(pair, less[b][four]);
                 }
     }
+    // sums that one product after the other adds to would wait for each other: first halves of some tokens, then second
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
-        uint4 at = *(const uint4*)(x + n * 512);
+    for (int first = 0; first < NT; first += AT_ONCE) {
+        uint4 at[AT_ONCE];
 #pragma unroll
-        for (int b = 0; b < RB; ++b) {
-            multiply(s.v[2 * b + 0][n], pairs[b], at.x, at.y);
-            multiply(s.v[2 * b + 1][n], pairs[b] + 8, at.x, at.y);
-            multiply(s.v[2 * b + 0][n], pairs[b] + 4, at.z, at.w);
-            multiply(s.v[2 * b + 1][n], pairs[b] + 12, at.z, at.w);
-        }
-        if (ONES) {
-            multiply(s.x[n], ones, at.x, at.y);
-            multiply(s.x[n], ones, at.z, at.w);
-        }
+        for (int n = 0; n < AT_ONCE; ++n) at[n] = *(const uint4*)(x + (first + n) * 512);
+#pragma unroll
+        for (int p = 0; p < 2; ++p)
+#pragma unroll
+            for (int n = 0; n < AT_ONCE; ++n) {
+                u32 low = p ? at[n].z : at[n].x, high = p ? at[n].w : at[n].y;
+#pragma unroll
+                for (int h = 0; h < 2 * RB; ++h)
+                    multiply(s.v[h][first + n], pairs[h / 2] + h % 2 * 8 + p * 4, low, high);
+                if (ONES) multiply(s.x[first + n], ones, low, high);
+            }
     }
 }
 
@@ -216,49 +221,72 @@ __device__ __forceinline__ void add_tile(Sums& acc, const char* slot, const char
     }
 }
 
-// Where the block's sums of block `b` of RB and tokens 8 * n on lie among its partial ones: [WN][8 tokens][32 rows]
-__device__ __forceinline__ u64 place(int split, int n, int b) {
-    u64 mine = (u64)blockIdx.y * gridDim.x + blockIdx.x;
-    return (((mine * gridDim.z + split) * NT + n) * RB + b) * (WN * 256);
+// Partial sums of one part of a block's columns lie as [NT][RB][WN][8 tokens][32 rows].
+#define PARTIAL (TOKENS * RB * WN * 32)
+__device__ __forceinline__ u64 place(int split) {
+    return (((u64)blockIdx.y * gridDim.x + blockIdx.x) * gridDim.z + split) * PARTIAL;
 }
 
 // Sums of WN x 32 rows and 8 tokens, over the block's WK warps in order.
-__device__ __forceinline__ void write(const float* room, const Output& o, float* partial, const Part& part, int b, int n,
-                                      int tokens) {
+__device__ __forceinline__ void write(const float* room, const Output& o, const Part& part, int b, int n, int tokens) {
     constexpr int each = GATED ? 16 : 32;
-    bool whole = gridDim.z == 1;
-    for (int e = threadIdx.x; e < WN * 256; e += THREADS) {
-        int r = e % 32, slot = e / 32 % 8, wn = e / 256, token = part.token + 8 * n + slot;
-        if (token >= tokens || (whole && r >= each)) continue;
+    for (int e = threadIdx.x; e < WN * 8 * each; e += THREADS) {
+        int r = e % each, slot = e / each % 8, wn = e / each / 8, token = part.token + 8 * n + slot;
+        if (token >= tokens) continue;
         const float* from = room + wn * 8 * PITCH + slot * PITCH + r;
         float sum = 0.0f, up = 0.0f;
 #pragma unroll
         for (int k = 0; k < WK; ++k) {
             sum += from[k * WN * 8 * PITCH];
-            if (GATED && whole) up += from[k * WN * 8 * PITCH + 16];
+            if (GATED) up += from[k * WN * 8 * PITCH + 16];
         }
-        if (whole) put<GATED>(o, sum, up, part.block + wn * RB + b, r, token);
-        else partial[place(blockIdx.z, n, b) + e] = sum;
+        put<GATED>(o, sum, up, part.block + wn * RB + b, r, token);
     }
 }
 
-// Partial sums of all parts of the columns, in order.
+__device__ __forceinline__ void add(float4& to, float4 v) {
+    to.x += v.x; to.y += v.y; to.z += v.z; to.w += v.w;
+}
+
+// The same to where partial sums lie.
+__device__ __forceinline__ void keep(const float* room, float* partial, int b, int n) {
+    float4* to = (float4*)(partial + place(blockIdx.z) + (n * RB + b) * WN * 256);
+    for (int e = threadIdx.x; e < WN * 64; e += THREADS) {
+        const float* from = room + e / 8 * PITCH + e % 8 * 4;
+        float4 sum = *(const float4*)from;
+#pragma unroll
+        for (int k = 1; k < WK; ++k) add(sum, *(const float4*)(from + k * WN * 8 * PITCH));
+        to[e] = sum;
+    }
+}
+
+// Partial sums of all parts of the columns, in order; all of a thread's loads of a part at once.
 __device__ __forceinline__ void write_all(const Output& o, const float* partial, const Part& part, int tokens) {
-    constexpr int each = GATED ? 16 : 32;
-    for (int n = 0; n < NT; ++n)
-        for (int b = 0; b < RB; ++b)
-            for (int e = threadIdx.x; e < WN * 8 * each; e += THREADS) {
-                int r = e % each, slot = e / each % 8, wn = e / each / 8, token = part.token + 8 * n + slot;
-                if (token >= tokens) continue;
-                const float* from = partial + place(0, n, b) + wn * 256 + slot * 32 + r;
-                float sum = 0.0f, up = 0.0f;
-#pragma unroll 4
-                for (int z = 0; z < gridDim.z; ++z) {
-                    sum += from[(u64)z * (NT * RB * WN * 256)];
-                    if (GATED) up += from[(u64)z * (NT * RB * WN * 256) + 16];
-                }
-                put<GATED>(o, sum, up, part.block + wn * RB + b, r, token);
-            }
+    constexpr int each = GATED ? 4 : 8, count = PARTIAL / 4 / 8 * each, mine = (count + THREADS - 1) / THREADS;
+    float4 sums[mine], ups[GATED ? mine : 1];
+#pragma unroll
+    for (int i = 0; i < mine; ++i) sums[i] = ups[GATED ? i : 0] = float4{0.0f, 0.0f, 0.0f, 0.0f};
+    const float4* from = (const float4*)(partial + place(0));
+#pragma unroll 2
+    for (int z = 0; z < gridDim.z; ++z, from += PARTIAL / 4) {
+#pragma unroll
+        for (int i = 0; i < mine; ++i) {
+            int e = i * THREADS + threadIdx.x, at = e / each * 8 + e % each;
+            if (count % THREADS && e >= count) continue;
+            add(sums[i], from_others(from + at));
+            if (GATED) add(ups[GATED ? i : 0], from_others(from + at + 4));
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < mine; ++i) {
+        int e = i * THREADS + threadIdx.x, row = e / each, n = row / (8 * WN * RB);
+        int b = row / (8 * WN) % RB, wn = row / 8 % WN, token = part.token + 8 * n + row % 8;
+        if ((count % THREADS && e >= count) || token >= tokens) continue;
+        const float* sum = (const float*)&sums[i];
+        const float* up = (const float*)&ups[GATED ? i : 0];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) put<GATED>(o, sum[r], up[r], part.block + wn * RB + b, e % each * 4 + r, token);
+    }
 }
 
 __device__ __forceinline__ void write_sums(const Sums& acc, char* shared, const Output& output, float* partial,
@@ -278,24 +306,26 @@ __device__ __forceinline__ void write_sums(const Sums& acc, char* shared, const 
                 for (int i = 0; i < 4; ++i)
                     mine[(lane % 4 * 2 + i % 2) * PITCH + 16 * h + i / 2 * 8 + lane / 4] = acc.v[2 * b + h][n][i];
             __syncthreads();
-            write(room, output, partial, part, b, n, tokens);
+            if (gridDim.z == 1) write(room, output, part, b, n, tokens);
+            else keep(room, partial, b, n);
         }
 }
 
 // Whether this is the last of the blocks that share rows and tokens; what the others wrote is there then.
 __device__ __forceinline__ bool is_last(char* shared, u32* arrived) {
     u32* count = arrived + blockIdx.y * gridDim.x + blockIdx.x;
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
+        // what the block wrote comes before its count, and others' counts before what is read of theirs
+        __threadfence();
         u32 before = atomicAdd(count, 1u);
+        __threadfence();
         // as the next launch wants it
         if (before == gridDim.z - 1) *count = 0;
         *(u32*)shared = before;
     }
     __syncthreads();
-    __threadfence();
-    return *(volatile u32*)shared == gridDim.z - 1;
+    return *(u32*)shared == gridDim.z - 1;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)

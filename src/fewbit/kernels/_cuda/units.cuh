@@ -36,6 +36,9 @@ __device__ __forceinline__ Words shared_by_all(const void* p) {
     return v;
 }
 
+// What other blocks of the same launch wrote.
+__device__ __forceinline__ float4 from_others(const float4* p) { return __ldcg(p); }
+
 // Two halves each; subnormal ones as well.
 __device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
     u32 r;
