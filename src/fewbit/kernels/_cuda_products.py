@@ -1,0 +1,115 @@
+"""Which kernel makes a product on a card, and how it is launched."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fewbit.kernels import _nvrtc
+from fewbit.kernels._cuda_halves import Halves
+from fewbit.kernels._cuda_layout import Kind
+from fewbit.kernels._cuda_matrix import Part
+from fewbit.kernels._cuda_shapes import Shape, Tile, most_fused, parts, room, shape_for, tile_for
+from fewbit.kernels._nvrtc import Arguments, Kernel
+
+# tokens that product.cu multiplies; beyond, many.cu does
+FEW_TOKENS = 8
+
+
+class Weights(ctypes.Structure):
+    """As in tiles.cuh."""
+
+    _fields_ = (("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("shifts", ctypes.c_void_p))
+
+
+class Output(ctypes.Structure):
+    """As in output.cuh."""
+
+    _fields_ = (
+        ("token_scales", ctypes.c_void_p),
+        ("add", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("stride", ctypes.c_int),
+        ("rows", ctypes.c_int),
+        ("pair", ctypes.c_int),
+    )
+
+
+def weights(part: Part) -> Weights:
+    """Where a part's weights lie."""
+    return Weights(part.codes.data_ptr(), part.scales.data_ptr(), 0 if part.shifts is None else part.shifts.data_ptr())
+
+
+def fused_tokens(part: Part) -> int:
+    """How many tokens `product` takes before weights written out as halves and cuBLAS are faster."""
+    return most_fused(_nvrtc.card_arch(part.codes.device.index))
+
+
+def product(part: Part, x: Halves, out: int, add: int, stride: int, gated: bool) -> None:
+    """One launch: `part` times all tokens of x, to the address `out`, plus what lies at `add` unless that is 0.
+
+    `stride`: floats between tokens there. The kernel is launched as dependent on what ran before it.
+    """
+    output = Output(0 if x.scales is None else x.scales.data_ptr(), add, out, stride, part.rows, part.pair)
+    if x.tokens <= FEW_TOKENS:
+        _few(part, x, output, gated)
+    else:
+        _many(part, x, output, gated)
+
+
+def _few(part: Part, x: Halves, output: Output, gated: bool) -> None:
+    device = part.codes.device.index
+    wide = 1 if x.tokens <= 8 else 2 if x.tokens <= 16 else 4
+    shape = shape_for(part.kind, part.blocks, part.tiles, wide, _nvrtc.most_shared(device))
+    counts = [ctypes.c_int(n) for n in (part.blocks, part.tiles, x.tokens)]
+    args = Arguments(weights(part), ctypes.c_void_p(x.values.data_ptr()), output, *counts)
+    grid = (-(-part.blocks // (shape.row_warps * shape.row_blocks)), -(-x.tokens // (8 * wide)), 1)
+    kernel = _few_kernel(part.kind, shape, wide, gated, device)
+    kernel.launch(grid, (32 * shape.warps, 1, 1), args, shape.shared(part.kind), dependent=True)
+
+
+def _many(part: Part, x: Halves, output: Output, gated: bool) -> None:
+    device = part.codes.device.index
+    tile = tile_for(part.kind, part.blocks, part.tiles, x.tokens, _nvrtc.most_shared(device))
+    launch_tile(part, x, output, gated, tile)
+
+
+def launch_tile(part: Part, x: Halves, output: Output, gated: bool, tile: Tile, split: int = 0) -> None:
+    """many.cu in the given tiles; `split`: parts of the columns, chosen by the card's size where it is 0."""
+    device = part.codes.device.index
+    count = split or parts(tile, part.blocks, part.tiles, x.tokens, processors(device))
+    counts = [ctypes.c_int(n) for n in (part.blocks, part.tiles, -(-part.tiles // count), x.tokens)]
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in _room(device)]
+    args = Arguments(weights(part), ctypes.c_void_p(x.values.data_ptr()), output, *pointers, *counts)
+    grid = (-(-x.tokens // (8 * tile.wide)), -(-part.blocks // tile.tall), count)
+    kernel = _many_kernel(part.kind, tile, gated, device)
+    kernel.launch(grid, (32 * tile.warps, 1, 1), args, tile.shared(part.kind), dependent=True)
+
+
+@cache
+def processors(device: int) -> int:
+    """Multiprocessors of a card."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def _room(device: int) -> tuple[Tensor, Tensor]:
+    """For partial sums of all blocks that run at a time, and counts of those that arrived, which each launch leaves 0."""
+    sums, counts = room(processors(device))
+    on = f"cuda:{device}"
+    return torch.empty(sums, device=on), torch.zeros(counts, dtype=torch.int32, device=on)
+
+
+@cache
+def _few_kernel(kind: Kind, shape: Shape, wide: int, gated: bool, device: int) -> Kernel:
+    defines = kind.defines() | shape.defines() | {"NT": wide, "GATED": int(gated)}
+    return _nvrtc.module("product.cu", ("product",), defines, device)["product"]
+
+
+@cache
+def _many_kernel(kind: Kind, tile: Tile, gated: bool, device: int) -> Kernel:
+    defines = kind.defines() | tile.defines() | {"GATED": int(gated)}
+    return _nvrtc.module("many.cu", ("many",), defines, device)["many"]
