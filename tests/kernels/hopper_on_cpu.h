@@ -15,8 +15,6 @@
 #define __shfl_down_sync(mask, value, by) here_shuffled(value, std::min(thread_number() % 32 + by, 31))
 #define __shfl_up_sync(mask, value, by) here_shuffled(value, std::max(thread_number() % 32 - by, 0))
 
-inline thread_local Index gridDim;
-
 struct Cluster;
 struct HopperBlock {
     char* shared;

@@ -15,13 +15,15 @@ from fewbit.formats import parse
 from fewbit.kernels import _cuda_hopper as hopper
 from fewbit.kernels import _cuda_matrix as matrix
 from fewbit.kernels import _nvrtc
-from fewbit.kernels._cuda_hopper import Cut
+from fewbit.kernels._cuda_hopper import Cut, Launch
+from fewbit.kernels._cuda_layout import Kind
 from fewbit.kernels._nvrtc import SOURCES
 from tests.kernels.stand_in import compiled
 
 RUN = """
 #include "wgmma.cu"
 extern "C" void run(Task task, int grid) {
+    gridDim = {grid, 1, 1};
     for (int first = 0; first < grid; first += KS) {
         Cluster cluster(KS * THREADS);
         std::vector<std::thread> threads;
@@ -35,7 +37,6 @@ extern "C" void run(Task task, int grid) {
             threads.emplace_back([=, &cluster] {
                 threadIdx = {t % THREADS, 0, 0};
                 blockIdx = {first + t / THREADS, 0, 0};
-                gridDim = {grid, 1, 1};
                 here = cluster.blocks[t / THREADS].get();
                 crowd(task);
             });
@@ -128,9 +129,6 @@ def test_halves_on_a_card(tokens, columns):
     assert got.scales[1] > 1 and torch.equal(got.values[:, :tokens], hopper.words_of(padded)[:, :tokens])
 
 
-CUTS = [Cut(256, 4, 3), Cut(128, 5, 2), Cut(128, 4, 3, 2), Cut(64, 8, 1, 4), Cut(64, 3, 3)]
-
-
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("spec", ["int4g128", "int3g64a", "int2g32", "int8a", "int5g64", "int6", "gguf:q4_1"])
 def test_products_on_a_card(make_tensor, spec):
@@ -142,10 +140,47 @@ def test_products_on_a_card(make_tensor, spec):
         halves = hopper.halve(x)
         w = torch.cat([parse(spec).dequantize(q).double() for q in stored]).cuda()
         expected = x.half().double() @ w.T
-        for cut in CUTS:
+        most = _nvrtc.most_shared(0)
+        for wide, cluster in ((256, 1), (128, 1), (128, 2), (64, 4), (64, 1)):
+            cut, count = hopper.filled(part.kind, wide, cluster, most), hopper.pieces(part.blocks, tokens, wide)
+            # in two launches, where there are two pieces
+            launches = tuple(Launch(cut, a, b) for a, b in ((0, count // 2), (count // 2, count)) if b > a)
             outs = []
             for _ in range(2):
                 outs.append(torch.full((tokens, part.rows), torch.nan, device="cuda"))
-                hopper.multiply(part, halves, outs[-1].data_ptr(), 0, part.rows, False, cut)
+                hopper.product(part, halves, outs[-1].data_ptr(), 0, part.rows, False, launches)
             assert torch.equal(*outs)
             assert (outs[0].double() - expected).norm() < 5e-4 * expected.norm(), (shapes, cut)
+
+
+SHAPES = [(256, 64), (896, 64), (256, 224), (192, 32), (32, 112), (1792, 64), (1, 1), (3, 5)]
+
+
+@pytest.mark.parametrize("processors", [132, 114, 78])
+def test_plans_make_every_piece_once_and_fit(processors):
+    most = 227 << 10
+    for kind in (Kind(4, 128, 2, 0), Kind(8, 32, 0, 2), Kind(2, 0, 1, 1)):
+        for blocks, tiles in SHAPES:
+            for tokens in (33, 64, 65, 200, 256, 512, 2048, 5000):
+                launches = hopper.plan(kind, blocks, tiles, tokens, processors, most)
+                at = 0
+                for launch in launches:
+                    cut = launch.cut
+                    assert (launch.first, cut.tokens) == (at, launches[0].cut.tokens) and launch.end > at
+                    assert cut.cluster == 1 or launch.grid(processors) <= processors * cut.at_once
+                    assert cut.cluster <= tiles and cut.x_slots >= 2
+                    assert (cut.shared(kind) + 1024) * cut.at_once <= most + 1024
+                    # sums that a cluster brings together lie where slots were
+                    assert cut.cluster == 1 or cut.tokens * hopper.ROOM <= cut.shared(kind) - 16 * hopper.BARRIERS
+                    at = launch.end
+                assert at == hopper.pieces(blocks, tokens, launches[0].cut.tokens)
+
+
+def test_a_plan_for_a_full_card_is_one_launch_and_what_is_left_is_shared_out():
+    kind, most = Kind(4, 128, 2, 0), 227 << 10
+    (launch,) = hopper.plan(kind, 256, 64, 2048, 132, most)
+    assert launch.cut.tokens == 256 and launch.cut.cluster == 1
+    whole, rest = hopper.plan(kind, 896, 64, 512, 132, most)
+    assert whole.end == 3 * 132 and rest.cut.cluster == 2
+    # few tokens, few rows: columns are shared from the start
+    assert [one.cut.cluster for one in hopper.plan(kind, 192, 32, 64, 132, most)] == [2]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from fewbit.kernels import _nvrtc
+from fewbit.kernels import _cuda_hopper, _nvrtc
 from fewbit.kernels._cuda_halves import Halves
+from fewbit.kernels._cuda_hopper import Swizzled
 from fewbit.kernels._cuda_layout import Kind
 from fewbit.kernels._cuda_matrix import Part
 from fewbit.kernels._cuda_shapes import Shape, Tile, most_fused, parts, room, shape_for, tile_for
@@ -45,14 +47,24 @@ def weights(part: Part) -> Weights:
 
 def fused_tokens(part: Part) -> int:
     """How many tokens `product` takes before weights written out as halves and cuBLAS are faster."""
-    return most_fused(_nvrtc.card_arch(part.codes.device.index))
+    arch = _nvrtc.card_arch(part.codes.device.index)
+    return sys.maxsize if arch == _cuda_hopper.ARCH else most_fused(arch)
 
 
-def product(part: Part, x: Halves, out: int, add: int, stride: int, gated: bool) -> None:
+def exact_tokens(part: Part) -> int:
+    """How many tokens `product` takes with weights that are not rounded."""
+    arch = _nvrtc.card_arch(part.codes.device.index)
+    return _cuda_hopper.LEAST_TOKENS - 1 if arch == _cuda_hopper.ARCH else most_fused(arch)
+
+
+def product(part: Part, x: Halves | Swizzled, out: int, add: int, stride: int, gated: bool) -> None:
     """One launch: `part` times all tokens of x, to the address `out`, plus what lies at `add` unless that is 0.
 
     `stride`: floats between tokens there. The kernel is launched as dependent on what ran before it.
     """
+    if isinstance(x, Swizzled) or _cuda_hopper.takes(part.codes.device.index, x.tokens):
+        _cuda_hopper.product(part, x, out, add, stride, gated)
+        return
     output = Output(0 if x.scales is None else x.scales.data_ptr(), add, out, stride, part.rows, part.pair)
     if x.tokens <= FEW_TOKENS:
         _few(part, x, output, gated)

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import FewbitError
-from fewbit.kernels import Backend, Packed, _cuda_matrix, _nvrtc
+from fewbit.kernels import Backend, Packed, _cuda_hopper, _cuda_matrix, _nvrtc
 from fewbit.kernels._cuda_halves import Halves
+from fewbit.kernels._cuda_hopper import Swizzled
 from fewbit.kernels._cuda_layout import COLUMNS, Kind, tiles_of
 from fewbit.kernels._cuda_matrix import Part
-from fewbit.kernels._cuda_products import fused_tokens, product, weights
+from fewbit.kernels._cuda_products import exact_tokens, fused_tokens, product, weights
 from fewbit.kernels._nvrtc import Kernel
 from fewbit.qtensor import QTensor
 
@@ -78,14 +79,20 @@ class Cuda(Backend):
         """How many tokens are multiplied without writing the weights out."""
         return min(fused_tokens(part) for part in packed.data)
 
-    def halve(self, x: Tensor) -> Halves:
+    def exact_tokens(self, packed: Packed) -> int:
+        """How many tokens are multiplied by weights that are not rounded to halves."""
+        return min(exact_tokens(part) for part in packed.data)
+
+    def halve(self, x: Tensor) -> Halves | Swizzled:
         """x [T, in] float32 on a card, rows at any distance -> what `multiply` and `gated` take."""
         tokens, columns = x.shape
+        if _cuda_hopper.takes(x.device.index, tokens):
+            return _cuda_hopper.halve(x)
         padded = tiles_of(columns) * COLUMNS
         values = torch.empty(padded // 32, tokens, 32, dtype=torch.float16, device=x.device)
         return Halves(values, _halve(x, values, padded, tokens * 32, 32), columns)
 
-    def multiply(self, x: Halves, packed: Packed, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def multiply(self, x: Halves | Swizzled, packed: Packed, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """-> [T, out] float32, plus `add` (the same shape, contiguous) where given; into `out` (contiguous) if given.
 
         `out` may be `add`. The kernel is launched as dependent on what ran before it (see Kernel.launch).
@@ -102,7 +109,7 @@ class Cuda(Backend):
         """Whether `gated` takes it: two matrices of one shape and kind, of a multiple of 16 rows."""
         return len(packed.data) == 1 and packed.data[0].pair > 0
 
-    def gated(self, x: Halves, packed: Packed, out: Tensor | None = None) -> Tensor:
+    def gated(self, x: Halves | Swizzled, packed: Packed, out: Tensor | None = None) -> Tensor:
         """silu(first matrix' product) * second's -> [T, out / 2] float32; ValueError where not `can_gate`."""
         if not self.can_gate(packed):
             raise ValueError("gated wants two matrices of one shape and kind")
@@ -146,7 +153,7 @@ def _device(packed: Packed) -> torch.device:
     return part.codes.device
 
 
-def _check(x: Halves, packed: Packed, tensors: dict[str, Tensor | None], shape: tuple[int, int]) -> None:
+def _check(x: Halves | Swizzled, packed: Packed, tensors: dict[str, Tensor | None], shape: tuple[int, int]) -> None:
     if x.columns != packed.shape[1] or x.values.device != _device(packed):
         raise ValueError(
             f"activations of {x.columns} columns on {x.values.device}, "

@@ -13,6 +13,7 @@
 //
 // Defined by whoever compiles: what tiles.cuh wants; NT (32, 64, 128 or 256); AT_ONCE (blocks on a multiprocessor, 1 or 2); XS (slots of 64 columns of x); CS (slots of 128
 // columns of codes); KS (1, 2, 4 or 8); GATED (0, or 1: out = silu(first 16 rows of a tile) * last 16).
+#include "output.cuh"
 #include "tiles.cuh"
 #include "wgmma_units.cuh"
 
@@ -37,15 +38,6 @@
 #define SHARED_BYTES (XS * X_BYTES + CS * C_BYTES + ROOMS_BYTES + 16 * (XS + CS))
 // token tiles whose x stays in the cache while all rows pass
 #define NEAR_TILES (4096 / NT)
-
-struct Output {
-    const float* token_scales;  // or null: all 1
-    const float* add;           // or null; laid out as out is
-    float* out;
-    int stride;                 // between tokens
-    int rows;                   // of the matrix
-    int pair;                   // 0, or the rows of each of two matrices whose rows lie 16 and 16 in turn
-};
 
 struct Task {
     Weights weights;
@@ -224,8 +216,6 @@ __device__ __forceinline__ void add_tile(Sums& sums, Pairs& pairs, Rings& rings,
         }
     }
 }
-
-__device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }
 
 // A thread's sums of tokens 8 n .. 8 n + 8 go to a room: [token][128 rows].
 template <int H, class Room>
