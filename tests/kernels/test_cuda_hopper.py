@@ -1,6 +1,4 @@
-"""The Hopper product on the CPU with a stand-in for the card, the order of its activations, and on a card where there is
-one.
-"""
+"""The Hopper product on the CPU with a stand-in for the card, how it is planned, and on a card where there is one."""
 
 from __future__ import annotations
 
@@ -126,7 +124,8 @@ def test_halves_on_a_card(tokens, columns):
     x[1] *= 1e9
     got = hopper.halve(x)
     padded = torch.nn.functional.pad(x / got.scales[:, None], (0, -columns % 128)).half()
-    assert got.scales[1] > 1 and torch.equal(got.values[:, :tokens], hopper.words_of(padded)[:, :tokens])
+    assert got.scales[1] > 1
+    assert torch.equal(got.values[:, :tokens], hopper.words_of(padded)[:, :tokens])
 
 
 @pytest.mark.usefixtures("card")
@@ -166,9 +165,11 @@ def test_plans_make_every_piece_once_and_fit(processors):
                 at = 0
                 for launch in launches:
                     cut = launch.cut
-                    assert (launch.first, cut.tokens) == (at, launches[0].cut.tokens) and launch.end > at
+                    assert (launch.first, cut.tokens) == (at, launches[0].cut.tokens)
+                    assert launch.end > at
                     assert cut.cluster == 1 or launch.grid(processors) <= processors * cut.at_once
-                    assert cut.cluster <= tiles and cut.x_slots >= 2
+                    assert cut.cluster <= tiles
+                    assert cut.x_slots >= 2
                     assert (cut.shared(kind) + 1024) * cut.at_once <= most + 1024
                     # sums that a cluster brings together lie where slots were
                     assert cut.cluster == 1 or cut.tokens * hopper.ROOM <= cut.shared(kind) - 16 * hopper.BARRIERS
@@ -179,8 +180,8 @@ def test_plans_make_every_piece_once_and_fit(processors):
 def test_a_plan_for_a_full_card_is_one_launch_and_what_is_left_is_shared_out():
     kind, most = Kind(4, 128, 2, 0), 227 << 10
     (launch,) = hopper.plan(kind, 256, 64, 2048, 132, most)
-    assert launch.cut.tokens == 256 and launch.cut.cluster == 1
+    assert (launch.cut.tokens, launch.cut.cluster) == (256, 1)
     whole, rest = hopper.plan(kind, 896, 64, 512, 132, most)
-    assert whole.end == 3 * 132 and rest.cut.cluster == 2
+    assert (whole.end, rest.cut.cluster) == (3 * 132, 2)
     # few tokens, few rows: columns are shared from the start
     assert [one.cut.cluster for one in hopper.plan(kind, 192, 32, 64, 132, most)] == [2]

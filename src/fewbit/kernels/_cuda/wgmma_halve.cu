@@ -3,8 +3,8 @@
 #include "pieces.cuh"
 
 #define THREADS 1024
-// words of 8 halves of a token that a thread keeps; longer tokens are read twice
-#define KEPT 4
+// words of 8 halves of a token that a thread keeps; what lies beyond is read again, from a cache
+#define KEPT 1
 // a token whose largest magnitude lies from 2^-8 to 2^15 is not scaled
 #define LEAST -8
 #define MOST 14
@@ -37,7 +37,7 @@ struct Word {
 
 // x [tokens][stride] -> halves of `words` words a token, zeros behind the last column; scales [tokens] are what the
 // halves are to be multiplied by. padded: tokens filled up to eights.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
 halve_many(const float* x, u64 stride, int columns, int words, uint4* halves, int padded, float* scales) {
     __shared__ float largest[THREADS / 32];
     int token = blockIdx.x;
