@@ -5,11 +5,12 @@
 
 Random weights of `intNg128`; shapes are rows x columns, those of 70B and 8B models. Every figure is the median over
 replays of a CUDA graph that walks over copies of the weights larger than the card's cache. `kernel` multiplies packed
-weights by activations that are halves, which Humming and cuBLAS take too; `seam` takes float32, rounds them, and goes the
-way that is meant to be fastest for so many tokens. Ratios are their time over the seam's or, where it is less, the
-kernel's: above 1 fewbit is faster. Shares are of the rate of a plain read kernel in the same run. Marks: with 1 token at least 1.0 times Humming at 8 and 4 bits, 1.25 times at 3 and 2 (the
-geometric mean over the shapes where it is timed); 16 tokens within 1.15 of 1 token; 2048 tokens at least 0.95 times
-cuBLAS.
+weights by activations that are halves, which Humming and cuBLAS take too; `seam` takes float32, rounds them, and goes
+the way that is meant to be fastest for so many tokens. Ratios are their time over the seam's or, where it is less, the
+kernel's: above 1 fewbit is faster. Shares are of the rate of a plain read kernel in the same run.
+
+Marks: with 1 token at least 1.0 times Humming at 8 and 4 bits, 1.25 times at 3 and 2 (the geometric mean over the shapes
+where it is timed); 16 tokens within 1.15 of 1 token; 2048 tokens at least 0.95 times cuBLAS.
 """
 
 from __future__ import annotations
@@ -143,7 +144,9 @@ def table(row: dict[str, Any], tokens: list[int], rate: float) -> str:
     for n in tokens:
         times = [row[name].get(n) for name in ("kernel", "seam", "cublas", "humming")]
         ratios = [t and t / best(row, n) for t in times[2:]]
-        cells = [f"{t:8.1f}" if t else "       -" for t in times] + [f"{r:10.2f}" if r else " " * 9 + "-" for r in ratios]
+        cells = [f"{t:8.1f}" if t else "       -" for t in times] + [
+            f"{r:10.2f}" if r else " " * 9 + "-" for r in ratios
+        ]
         lines += [f"  {n:6} " + " ".join(cells)]
     return "\n".join(lines)
 
