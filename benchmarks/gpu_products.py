@@ -1,7 +1,7 @@
 """fewbit's products on a card beside Humming's and cuBLAS', and whether they meet their marks (exit code 1 if not).
 
     python benchmarks/gpu_products.py [--bits 4,3,2,8] [--shapes 8192x8192,...] [--tokens 1,2,4,...,2048]
-                                      [--humming-shapes SHAPES] [--without humming] [--json FILE]
+                                      [--humming-shapes SHAPES] [--without humming] [--rest S] [--json FILE]
 
 Random weights of `intNg128`; shapes are rows x columns, those of 70B and 8B models. Every figure is the median over
 replays of a CUDA graph that walks over copies of the weights larger than the card's cache. `kernel` multiplies packed
@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _graph_time
 import torch
 from _graph_time import copies, graph_time
 
@@ -159,6 +160,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tokens", default=TOKENS)
     parser.add_argument("--humming-shapes", default=None, help="where Humming is timed too (it compiles for each)")
     parser.add_argument("--without", default="", help="humming")
+    parser.add_argument("--rest", type=float, default=_graph_time.REST, help="seconds before each figure is taken")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -166,6 +168,7 @@ def parsed() -> argparse.Namespace:
 def main() -> int:
     """Measure, print, compare with the marks."""
     options = parsed()
+    _graph_time.REST = options.rest
     backend = cuda.backend()
     if backend is None:
         print(f"No card to measure on: {_nvrtc.missing()}.", file=sys.stderr)

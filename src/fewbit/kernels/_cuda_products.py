@@ -93,7 +93,7 @@ def processors(device: int) -> int:
 def partial_room(device: int) -> tuple[Tensor, Tensor]:
     """For partial sums, and counts of blocks that arrived, which each launch leaves 0.
 
-    To be made before a CUDA graph is recorded. One launch at a time uses it: all of a card's products are on one stream.
+    To be made before a CUDA graph is recorded. One launch at a time uses it: a card's products are all on one stream.
     """
     sums, counts = room(processors(device))
     on = f"cuda:{device}"

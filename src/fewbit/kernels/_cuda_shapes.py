@@ -146,8 +146,8 @@ def _for_sixteen(bits: int, blocks: int, tiles: int) -> Shape:
 
 
 # tokens up to which writing weights out costs more than it gains, by compute capability. Measured on an H100. Elsewhere
-# from rates: on consumer cards a product of the matrix units, summed in float32, takes 32 cycles, several times what the
-# packed weights ask for beside it, so that it runs near their rate and saves writing and reading the halves.
+# from rates: on consumer cards a product of the matrix units, summed in float32, takes 32 cycles, several times what
+# the packed weights ask for beside it, so that it runs near their rate and saves writing and reading the halves.
 MOST_FUSED = {86: 2048, 89: 2048, 90: 384, 100: 384, 103: 384, 120: 2048}
 MOST_FUSED_ELSEWHERE = 1024
 # eights of tokens a block has at most: with offsets that are no whole numbers of scales, and without
