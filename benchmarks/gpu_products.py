@@ -1,15 +1,16 @@
 """fewbit's products on a card beside Humming's and cuBLAS', and whether they meet their marks (exit code 1 if not).
 
     python benchmarks/gpu_products.py [--bits 4,3,2,8] [--shapes 8192x8192,...] [--tokens 1,2,4,...,2048]
-                                      [--humming-shapes SHAPES] [--without humming] [--json FILE]
+                                      [--humming-shapes SHAPES] [--without humming] [--rest S] [--json FILE]
 
 Random weights of `intNg128`; shapes are rows x columns, those of 70B and 8B models. Every figure is the median over
 replays of a CUDA graph that walks over copies of the weights larger than the card's cache. `kernel` multiplies packed
-weights by activations that are halves, which Humming and cuBLAS take too; `seam` takes float32, rounds them, and goes the
-way that is meant to be fastest for so many tokens. Ratios are their time over the seam's or, where it is less, the
-kernel's: above 1 fewbit is faster. Shares are of the rate of a plain read kernel in the same run. Marks: with 1 token at least 1.0 times Humming at 8 and 4 bits, 1.25 times at 3 and 2 (the
-geometric mean over the shapes where it is timed); 16 tokens within 1.15 of 1 token; 2048 tokens at least 0.95 times
-cuBLAS.
+weights by activations that are halves, which Humming and cuBLAS take too; `seam` takes float32, rounds them, and goes
+the way that is meant to be fastest for so many tokens. Ratios are their time over the seam's or, where it is less, the
+kernel's: above 1 fewbit is faster. Shares are of the rate of a plain read kernel in the same run.
+
+Marks: with 1 token at least 1.0 times Humming at 8 and 4 bits, 1.25 times at 3 and 2 (the geometric mean over the shapes
+where it is timed); 16 tokens within 1.15 of 1 token; 2048 tokens at least 0.95 times cuBLAS.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _graph_time
 import torch
 from _graph_time import copies, graph_time
 
@@ -143,7 +145,9 @@ def table(row: dict[str, Any], tokens: list[int], rate: float) -> str:
     for n in tokens:
         times = [row[name].get(n) for name in ("kernel", "seam", "cublas", "humming")]
         ratios = [t and t / best(row, n) for t in times[2:]]
-        cells = [f"{t:8.1f}" if t else "       -" for t in times] + [f"{r:10.2f}" if r else " " * 9 + "-" for r in ratios]
+        cells = [f"{t:8.1f}" if t else "       -" for t in times] + [
+            f"{r:10.2f}" if r else " " * 9 + "-" for r in ratios
+        ]
         lines += [f"  {n:6} " + " ".join(cells)]
     return "\n".join(lines)
 
@@ -156,6 +160,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tokens", default=TOKENS)
     parser.add_argument("--humming-shapes", default=None, help="where Humming is timed too (it compiles for each)")
     parser.add_argument("--without", default="", help="humming")
+    parser.add_argument("--rest", type=float, default=_graph_time.REST, help="seconds before each figure is taken")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -163,6 +168,7 @@ def parsed() -> argparse.Namespace:
 def main() -> int:
     """Measure, print, compare with the marks."""
     options = parsed()
+    _graph_time.REST = options.rest
     backend = cuda.backend()
     if backend is None:
         print(f"No card to measure on: {_nvrtc.missing()}.", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The product kernels themselves, compiled for the CPU with a stand-in for what only a card has: every way to cut it."""
+"""The product kernels, compiled for the CPU with a stand-in for what only a card has: every way to cut them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 from fewbit.formats import parse
 from fewbit.kernels import _cuda_matrix as matrix
+from fewbit.kernels._cuda_products import Output, weights
 from fewbit.kernels._cuda_shapes import Shape, Tile
 from fewbit.kernels._nvrtc import SOURCES
-from fewbit.kernels._cuda_products import Output, weights
 from tests.kernels.stand_in import compiled
 
 RUN = """

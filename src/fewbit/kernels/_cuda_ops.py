@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from fewbit.kernels import Packed, _nvrtc
-from fewbit.kernels.cuda import FUSED_TOKENS, Cuda, Halves
+from fewbit.kernels._cuda_halves import Halves
+from fewbit.kernels.cuda import FUSED_TOKENS, Cuda
 from fewbit.kernels.ops import Batch, Cache, Layer, Ops, Product, Stack
 
 # csrc of these numbers: _cuda/steps.cu

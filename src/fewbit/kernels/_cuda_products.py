@@ -14,11 +14,11 @@ from fewbit.kernels._cuda_halves import Halves
 from fewbit.kernels._cuda_hopper import Swizzled
 from fewbit.kernels._cuda_layout import Kind
 from fewbit.kernels._cuda_matrix import Part
-from fewbit.kernels._cuda_shapes import Shape, Tile, most_fused, parts, room, shape_for, tile_for
+from fewbit.kernels._cuda_shapes import Shape, Tile, most_fused, room, shape_for, tile_for
 from fewbit.kernels._nvrtc import Arguments, Kernel
 
 # tokens that product.cu multiplies; beyond, many.cu does
-FEW_TOKENS = 8
+FEW_TOKENS = 16
 
 
 class Weights(ctypes.Structure):
@@ -74,27 +74,21 @@ def product(part: Part, x: Halves | Swizzled, out: int, add: int, stride: int, g
 
 def _few(part: Part, x: Halves, output: Output, gated: bool) -> None:
     device = part.codes.device.index
-    wide = 1 if x.tokens <= 8 else 2 if x.tokens <= 16 else 4
+    wide = 1 if x.tokens <= 8 else 2
     shape = shape_for(part.kind, part.blocks, part.tiles, wide, _nvrtc.most_shared(device))
     counts = [ctypes.c_int(n) for n in (part.blocks, part.tiles, x.tokens)]
     args = Arguments(weights(part), ctypes.c_void_p(x.values.data_ptr()), output, *counts)
-    grid = (-(-part.blocks // (shape.row_warps * shape.row_blocks)), -(-x.tokens // (8 * wide)), 1)
+    grid = (-(-part.blocks // (shape.row_warps * shape.row_blocks)), 1, 1)
     kernel = _few_kernel(part.kind, shape, wide, gated, device)
     kernel.launch(grid, (32 * shape.warps, 1, 1), args, shape.shared(part.kind), dependent=True)
 
 
 def _many(part: Part, x: Halves, output: Output, gated: bool) -> None:
     device = part.codes.device.index
-    tile = tile_for(part.kind, part.blocks, part.tiles, x.tokens, _nvrtc.most_shared(device))
-    launch_tile(part, x, output, gated, tile)
-
-
-def launch_tile(part: Part, x: Halves, output: Output, gated: bool, tile: Tile, split: int = 0) -> None:
-    """many.cu in the given tiles; `split`: parts of the columns, chosen by the card's size where it is 0."""
-    device = part.codes.device.index
-    count = split or parts(tile, part.blocks, part.tiles, x.tokens, processors(device))
+    card = (_nvrtc.most_shared(device), processors(device))
+    tile, count = tile_for(part.kind, part.blocks, part.tiles, x.tokens, *card)
     counts = [ctypes.c_int(n) for n in (part.blocks, part.tiles, -(-part.tiles // count), x.tokens)]
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in _room(device)]
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in partial_room(device)]
     args = Arguments(weights(part), ctypes.c_void_p(x.values.data_ptr()), output, *pointers, *counts)
     grid = (-(-x.tokens // (8 * tile.wide)), -(-part.blocks // tile.tall), count)
     kernel = _many_kernel(part.kind, tile, gated, device)
@@ -108,8 +102,11 @@ def processors(device: int) -> int:
 
 
 @cache
-def _room(device: int) -> tuple[Tensor, Tensor]:
-    """For partial sums of all blocks that run at a time, and counts of those that arrived, which each launch leaves 0."""
+def partial_room(device: int) -> tuple[Tensor, Tensor]:
+    """For partial sums, and counts of blocks that arrived, which each launch leaves 0.
+
+    To be made before a CUDA graph is recorded. One launch at a time uses it: a card's products are all on one stream.
+    """
     sums, counts = room(processors(device))
     on = f"cuda:{device}"
     return torch.empty(sums, device=on), torch.zeros(counts, dtype=torch.int32, device=on)

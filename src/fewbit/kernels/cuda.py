@@ -2,8 +2,9 @@
 
 Activations are rounded to halves once, each token first scaled by a power of two where its magnitude asks for it;
 weights are exact; sums are in float32. Up to `fused_tokens` the packed weights are multiplied as they are (see
-_cuda_products.py). More tokens: weights are written out as halves, rounded, in slices of at most 64 MB, and multiplied by
-cuBLAS. A token's results may depend on how many tokens are beside it, never on what they are. 7-bit codes take a byte. The sources are compiled at first use (see _nvrtc.py).
+_cuda_products.py). More tokens: weights are written out as halves, rounded, in slices of at most 64 MB, and multiplied
+by cuBLAS. A token's results may depend on how many tokens are beside it, never on what they are. 7-bit codes take a
+byte. The sources are compiled at first use (see _nvrtc.py).
 
 Tensors on the CPU are copied to the card and the results back.
 """
@@ -22,7 +23,7 @@ from fewbit.kernels._cuda_halves import Halves
 from fewbit.kernels._cuda_hopper import Swizzled
 from fewbit.kernels._cuda_layout import COLUMNS, Kind, tiles_of
 from fewbit.kernels._cuda_matrix import Part
-from fewbit.kernels._cuda_products import exact_tokens, fused_tokens, product, weights
+from fewbit.kernels._cuda_products import exact_tokens, fused_tokens, partial_room, product, weights
 from fewbit.kernels._nvrtc import Kernel
 from fewbit.qtensor import QTensor
 
@@ -60,6 +61,7 @@ class Cuda(Backend):
             kinds.append(found)
         device = torch.device("cuda", torch.cuda.current_device())
         parts = _cuda_matrix.build(tensors, kinds, device)
+        partial_room(device.index)
         splits = tuple(q.shape[0] for q in tensors)
         return Packed((sum(splits), columns), splits, parts, sum(p.nbytes for p in parts))
 

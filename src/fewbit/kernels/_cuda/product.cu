@@ -6,9 +6,8 @@
 // of x, by one more product with ones, makes good for that. Groups are summed in float32 and scaled there. Which sums are
 // made in which order depends on WK alone.
 //
-// Defined by whoever compiles: what tiles.cuh wants; NT (tokens / 8); WN, WK, RB, STAGES, XAHEAD, BLOCKS (on a
-// multiprocessor at a time); GATED (0, or 1: out =
-// silu(first 16 rows of a tile) * last 16).
+// Defined by whoever compiles: what tiles.cuh wants; NT (tokens / 8); WN, WK, RB, STAGES, XAHEAD; BLOCKS (on a
+// multiprocessor at a time); GATED (0, or 1: out = silu(first 16 rows of a tile) * last 16).
 #include "output.cuh"
 #include "tiles.cuh"
 #include "units.cuh"
