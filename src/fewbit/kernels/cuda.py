@@ -94,7 +94,9 @@ class Cuda(Backend):
         values = torch.empty(padded // 32, tokens, 32, dtype=torch.float16, device=x.device)
         return Halves(values, _halve(x, values, padded, tokens * 32, 32), columns)
 
-    def multiply(self, x: Halves | Swizzled, packed: Packed, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def multiply(
+        self, x: Halves | Swizzled, packed: Packed, add: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """-> [T, out] float32, plus `add` (the same shape, contiguous) where given; into `out` (contiguous) if given.
 
         `out` may be `add`. The kernel is launched as dependent on what ran before it (see Kernel.launch).
