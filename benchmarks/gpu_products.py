@@ -9,7 +9,7 @@ weights by activations that are halves, which Humming and cuBLAS take too; `seam
 the way that is meant to be fastest for so many tokens. Ratios are their time over the seam's or, where it is less, the
 kernel's: above 1 fewbit is faster. Shares are of the rate of a plain read kernel in the same run.
 
-Marks: with 1 token at least 1.0 times Humming at 8 and 4 bits, 1.25 times at 3 and 2 (the geometric mean over the shapes
+Marks: with 1 token at least 1.0 times Humming at 8 and 4 bits, 1.25 times at 3 and 2 (the geometric mean over shapes
 where it is timed); 16 tokens within 1.15 of 1 token; 2048 tokens at least 0.95 times cuBLAS.
 """
 
