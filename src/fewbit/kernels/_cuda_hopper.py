@@ -30,8 +30,8 @@ ROOM, BARRIERS = 132 * 4, 16
 MOST_X, LEAST_X, CODES = 8, 4, 3
 # What `plan` reckons with, microseconds, measured on one H100 at 4 bits: a tile of a block alone on its multiprocessor,
 # and of one of two; a piece's end; sums brought together by a cluster; one launch behind another.
-ALONE, PAIRED = {64: 0.66, 128: 0.78, 256: 1.29}, {64: 1.1}
-PIECE, MEETING, LAUNCH = {64: 1.5, 128: 2.0, 256: 3.0}, {1: 0.0, 2: 2.0, 4: 4.0}, 3.0
+ALONE, PAIRED = {64: 0.72, 128: 0.82, 256: 1.3}, {64: 1.16}
+PIECE, MEETING, LAUNCH = {64: 1.5, 128: 2.0, 256: 3.0}, {1: 0.0, 2: 3.5, 4: 6.0}, 10.0
 # the share of the multiprocessors that clusters of so many blocks reach
 REACHED = {1: 1.0, 2: 1.0, 4: 0.75}
 # tiles of 128 columns that each block of a cluster should have
