@@ -86,7 +86,7 @@ def fewbit_times(backend: cuda.Cuda, bits: int, rows: int, columns: int, tokens:
     """Microseconds by number of tokens, alone and through the seam; bytes of the weights."""
     first = packed(bits, rows, columns)
     weights = [first, *(packed(bits, rows, columns) for _ in range(copies(first.nbytes) - 1))]
-    fused = [n for n in tokens if n <= MOST_FUSED]
+    fused = [n for n in tokens if n <= max(MOST_FUSED, backend.fused_tokens(first))]
     return {
         "kernel": {n: kernel_time(backend, weights, n) for n in fused},
         "seam": {n: seam_time(backend, weights, n) for n in tokens},

@@ -3,8 +3,9 @@
 Activations are rounded to halves once, each token first scaled by a power of two where its magnitude asks for it;
 weights are exact; sums are in float32. Up to `fused_tokens` the packed weights are multiplied as they are (see
 _cuda_products.py). More tokens: weights are written out as halves, rounded, in slices of at most 64 MB, and multiplied
-by cuBLAS. A token's results may depend on how many tokens are beside it, never on what they are. 7-bit codes take a
-byte. The sources are compiled at first use (see _nvrtc.py).
+by cuBLAS. On Hopper cards more than 32 tokens have a kernel of their own (_cuda_hopper.py), which rounds weights to
+halves on the way. A token's results may depend on how many tokens are beside it, never on what they are. 7-bit codes
+take a byte. The sources are compiled at first use (see _nvrtc.py).
 
 Tensors on the CPU are copied to the card and the results back.
 """
