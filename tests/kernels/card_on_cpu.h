@@ -62,13 +62,9 @@ inline float float_of_half(u16 h) {
     return h >> 15 ? -size : size;
 }
 inline u16 half_of(float f) { _Float16 h = (_Float16)f; u16 u; memcpy(&u, &h, 2); return u; }
-inline u32 raised(u32 a, u32 b, u32 c) {
-    u32 result = 0;
-    for (int at = 0; at < 32; at += 16) {
-        float sum = float_of_half((u16)(a >> at)) * float_of_half((u16)(b >> at)) + float_of_half((u16)(c >> at));
-        result |= (u32)half_of(sum) << at;
-    }
-    return result;
+inline u32 add_halves(u32 a, u32 b) {
+    u32 low = half_of(float_of_half((u16)a) + float_of_half((u16)b));
+    return low | (u32)half_of(float_of_half((u16)(a >> 16)) + float_of_half((u16)(b >> 16))) << 16;
 }
 // blocks run one after the other
 inline void __threadfence() {}

@@ -27,8 +27,6 @@
 // bytes of activations: of 128 columns, of XT rounds
 #define X_TILE (256 * TOKENS)
 #define X_STAGE (XT * WK * X_TILE)
-// by which power of two codes are multiplied as they are centred: no subnormal numbers are left
-#define RAISED 14
 // sums of x are wanted
 #define ONES (!LESS || SHIFTS == 2)
 
@@ -112,16 +110,13 @@ struct Group {
     Scale scale;
     Shift shift;
 
-    // two halves to add to a pair of codes of row `four` that is raised by RAISED more: exact, as are the sums
+    // two halves to add to a pair of codes of row `four`, raised as they are: exact
     __device__ __forceinline__ u32 less(int four) const {
-        int at = Codes<BITS>::at(four) - 24 + RAISED;
-        if (SHIFTS != 1) return both(0x8000u | (u32)(BITS - 1 + at + 15) << 10);
-        return both(half_of((shift.get(four) - CENTRE) * __uint_as_float((u32)(127 + at) << 23)));
+        if (SHIFTS != 1) return both(0x8000u | (1u << (BITS - 1 + Codes<BITS>::at(four))));
+        return both(half_of((shift.get(four) - CENTRE) * __uint_as_float((u32)(127 - 24 + Codes<BITS>::at(four)) << 23)));
     }
     // what a sum over codes is to be multiplied by
-    __device__ __forceinline__ float by(int four) const {
-        return scale.get(four) * (factor<BITS>(four) * (LESS ? 1.0f / (1 << RAISED) : 1.0f));
-    }
+    __device__ __forceinline__ float by(int four) const { return scale.get(four) * factor<BITS>(four); }
     // what a sum of x is to be multiplied by
     __device__ __forceinline__ float more(int four) const {
         float offset = LESS ? 0.0f : scale.get(four) * (SHIFTS == 1 ? shift.get(four) - CENTRE : -CENTRE);
@@ -143,7 +138,7 @@ __device__ __forceinline__ void add_columns(Sums& s, const u32 words[RB][4 * BIT
 #pragma unroll
                 for (int m = 0; m < 4; ++m) {
                     u32& pair = pairs[b][pair_of(four, m)];
-                    pair = raised(pair, both((RAISED + 15) << 10), less[b][four]);
+                    pair = add_halves(pair, less[b][four]);
                 }
     }
     // sums that one product after the other adds to would wait for each other: first halves of some tokens, then second

@@ -39,10 +39,10 @@ __device__ __forceinline__ Words shared_by_all(const void* p) {
 // What other blocks of the same launch wrote.
 __device__ __forceinline__ float4 from_others(const float4* p) { return __ldcg(p); }
 
-// a * b + c of two halves each; subnormal ones as well.
-__device__ __forceinline__ u32 raised(u32 a, u32 b, u32 c) {
+// Two halves each; subnormal ones as well.
+__device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
     u32 r;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
     return r;
 }
 
