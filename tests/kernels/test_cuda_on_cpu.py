@@ -130,14 +130,12 @@ def test_the_kernel_multiplies(make_tensor, tmp_path, spec, shapes, tokens, shap
 MANY_CASES = [
     # spec, shapes, tokens, tile, parts of the columns, gated
     ("int4g128", [(80, 640)], 19, Tile(2, 2, 1, 1, 3, 1, 3, 1, 1), 1, False),
-    ("int3g32a", [(70, 1500)], 12, Tile(2, 1, 2, 2, 3, 2, 2, 1, 1), 3, False),
-    ("int2g64", [(33, 1900)], 35, Tile(4, 1, 2, 1, 4, 4, 2, 1, 0), 2, False),
+    ("int3g32a", [(70, 1100)], 12, Tile(2, 1, 2, 2, 3, 2, 2, 1, 1), 3, False),
+    ("int2g64", [(33, 1300)], 35, Tile(4, 1, 2, 1, 4, 4, 2, 1, 0), 2, False),
     ("int8a", [(48, 512), (48, 512)], 9, Tile(2, 1, 2, 2, 2, 1, 2, 1, 1), 2, True),
     ("int5g64a", [(48, 384), (48, 384)], 41, Tile(6, 2, 1, 1, 3, 1, 4, 1, 1), 1, True),
-    ("gguf:q4_1", [(96, 512)], 20, Tile(3, 1, 2, 2, 2, 2, 2, 1, 0), 1, False),
     ("gguf:q4_1", [(40, 768)], 33, Tile(4, 2, 1, 1, 2, 1, 3, 1, 1), 3, False),
-    ("int6", [(64, 1024)], 65, Tile(8, 1, 2, 1, 3, 1, 3, 1, 1), 2, False),
-    ("int8g32", [(64, 512)], 7, Tile(1, 1, 4, 1, 2, 1, 2, 1, 0), 1, False),
+    ("int6", [(64, 640)], 57, Tile(8, 1, 2, 1, 3, 1, 3, 1, 1), 2, False),
 ]
 
 

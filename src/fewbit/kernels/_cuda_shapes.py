@@ -128,12 +128,16 @@ def _for_eight(bits: int, blocks: int, tiles: int) -> Shape:
     if bits > 4:
         return Shape(1, 8, 1, 2, 1, 2)
     if blocks >= MANY_BLOCKS:
-        return Shape(1, 8, 1, 2, 2, 4)
+        return Shape(1, 8, 1, 2, 1 if bits == 3 else 2, 4)
     return Shape(1, 16, 1, 2 if tiles >= LONG_TILES else 3, 2, 2)
 
 
 def _for_sixteen(bits: int, blocks: int, tiles: int) -> Shape:
-    """The same with 16 tokens."""
+    """The same with 16 tokens.
+
+    Shapes that leave room on a multiprocessor are not taken: launches that follow each other fill it where they do not
+    depend on each other, as when one product is timed again and again, and only there.
+    """
     if blocks <= FEW_BLOCKS:
         return Shape(1, 16, 1, 2, 1)
     if bits > 4:
@@ -142,7 +146,7 @@ def _for_sixteen(bits: int, blocks: int, tiles: int) -> Shape:
         return Shape(1, 4, 2, 2, 1, 4) if bits == 4 else Shape(2, 4, 2, 2, 0, 2)
     if bits < 4 and tiles >= 2 * LONG_TILES:
         return Shape(1, 16, 2, 2, 0)
-    return Shape(1, 8, 2 if bits == 2 else 1, 2, 1, 2)
+    return Shape(1, 8, 1, 2, 1, 2)
 
 
 # tokens up to which writing weights out costs more than it gains, by compute capability. Measured on an H100. Elsewhere
