@@ -151,7 +151,8 @@ class Ops:
         ]
         # back in the order of tokens: adding up where they lie would have no fixed order on a card
         found = torch.cat(parts)[order.argsort()].unflatten(0, chosen.shape)
-        return (found * weights[..., None]).sum(1)
+        summed: Tensor = (found * weights[..., None]).sum(1)
+        return summed
 
     def route(self, x: Tensor, experts: Experts, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The experts each token of x [T, d] takes, int64 [T, used], and what each counts, float32 [T, used].
