@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
@@ -18,12 +16,16 @@ from typing import Any
 
 import torch
 
+from fewbit import kept
 from fewbit.errors import FewbitError
 from fewbit.store import cache_dir
 
 SOURCES = Path(__file__).parent / "_cuda"
 # more than this for a block has to be asked of the driver
 PLAIN_SHARED = 48 << 10
+SUFFIX = ".cubin"
+# all that is kept: one takes 20 to 80 KB, a model a dozen of them, and old versions' are never asked for again
+MAX_BYTES = 64 << 20
 DIGEST = hashlib.sha256().digest_size
 # the first architecture with programmatic dependent launch
 DEPENDENT_LAUNCH = 90
@@ -34,7 +36,12 @@ def missing() -> str | None:
     """Why nothing can be compiled or launched here, in words; None where it can."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA card"
-    return None if _bindings() else "cuda-bindings (the extra fewbit[cuda]) can't be imported"
+    return None if _bindings() else f"cuda-bindings or NVRTC ({extra()}) can't be loaded"
+
+
+def extra() -> str:
+    """What to install for this torch: bindings and NVRTC of its own major version of CUDA."""
+    return "fewbit[cuda12]" if (torch.version.cuda or "").startswith("12.") else "fewbit[cuda]"
 
 
 @lru_cache(maxsize=1)
@@ -55,7 +62,7 @@ def _both() -> tuple[Any, Any]:
         raise FewbitError(
             "The CUDA kernels can't be compiled.",
             "cuda-bindings or NVRTC can't be imported.",
-            "Install fewbit[cuda], or run on the CPU.",
+            f"Install {extra()}, or run on the CPU.",
         )
     return found
 
@@ -198,24 +205,20 @@ def _use_context(driver: Any, device: int) -> None:
 
 def _kept(source: str, defines: tuple[tuple[str, str], ...], arch: int, anew: bool = False) -> bytes:
     """What NVRTC made of it, from the cache where it is whole; a folder that can't be written costs compiling again."""
-    file = cache_dir() / "cuda" / f"{Path(source).stem}-{_key(source, defines, arch)}.cubin"
+    file = cache_dir() / "cuda" / f"{Path(source).stem}-{_key(source, defines, arch)}{SUFFIX}"
     if not anew:
         try:
             whole = file.read_bytes()
             if len(whole) > DIGEST and hashlib.sha256(whole[DIGEST:]).digest() == whole[:DIGEST]:
+                kept.used(file)
                 return whole[DIGEST:]
         except OSError:
             pass
     image = compiled(source, dict(defines), arch)
     with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, draft = tempfile.mkstemp(prefix=".", suffix=".part", dir=file.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as opened:
-                opened.write(hashlib.sha256(image).digest() + image)
-            Path(draft).replace(file)
-        except OSError:
-            Path(draft).unlink(missing_ok=True)
+        with kept.written(file) as draft:
+            draft.write(hashlib.sha256(image).digest() + image)
+        kept.tidy(file.parent, SUFFIX, file, MAX_BYTES)
     return image
 
 
@@ -272,7 +275,7 @@ def compiled(source: str, defines: Mapping[str, object], arch: int) -> bytes:
             raise FewbitError(
                 "A CUDA kernel did not compile.",
                 f"{source} for sm_{arch} with {dict(defines)}: {_log(nvrtc, program)}",
-                "Update fewbit[cuda], or run on the CPU; this is worth a report.",
+                f"Update {extra()}, or run on the CPU; this is worth a report.",
             )
         if options[0].startswith(b"--gpu-architecture=sm_"):
             size, get = nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN

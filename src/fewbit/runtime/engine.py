@@ -6,7 +6,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from fewbit import kernels
 from fewbit.errors import FewbitError
+from fewbit.fetching import Fetcher
 from fewbit.kernels.ops import Batch, Ops
 from fewbit.layers import Weights
 from fewbit.prepared import PreparedLayouts
+from fewbit.qtensor import QTensor
 from fewbit.runtime.cache import PAGE_SIZE, PageAllocator
 from fewbit.runtime.cache import Sequence as CachedSequence
 from fewbit.runtime.generation import Generation
@@ -92,17 +94,21 @@ class LanguageModel:
             shapes = {w.name: w.shape for w in source.weights}
             prepared = PreparedLayouts(source.path, source.checkpoint.weight_bytes(), shapes, self.backends)
             total -= len(prepared.names)
-        read = _counted(source, progress, total) if progress else source.read
-        weights = Weights(read, source.has, self.backends, ops, self.notes, prepared, self.device, self.context)
-        try:
+        with ExitStack() as open_while_loading:
+            read: Callable[[str], QTensor] = source.read
+            if self.device.type == "cuda":
+                names = [w.name for w in source.weights]
+                read = open_while_loading.enter_context(Fetcher(source, names, self.device)).read
+            if prepared:
+                open_while_loading.callback(prepared.close)
+            if progress:
+                read = _counted(read, progress, total)
+            weights = Weights(read, source.has, self.backends, ops, self.notes, prepared, self.device, self.context)
             model = source.module.Model(source.args, weights)
             if prepared:
                 prepared.keep()
                 self.prepared_note = prepared.note
             return model
-        finally:
-            if prepared:
-                prepared.close()
 
     def _on_card(self) -> AbstractContextManager[Any]:
         """The model's card is torch's current one inside; on the CPU nothing changes."""
@@ -355,16 +361,16 @@ def _tensors(device: torch.device, *lists: Sequence[int]) -> tuple[Tensor, ...]:
     return torch.split(flat, [len(part) for part in lists])
 
 
-def _counted(source: Source, progress: Progress, total: int) -> Callable[[str], Any]:
+def _counted(read: Callable[[str], QTensor], progress: Progress, total: int) -> Callable[[str], QTensor]:
     done = 0
 
-    def read(name: str) -> Any:
+    def counted(name: str) -> QTensor:
         nonlocal done
         done += 1
         progress(min(done, total), total, name)
-        return source.read(name)
+        return read(name)
 
-    return read
+    return counted
 
 
 def cache_dtype(exact: bool, cache: str | None) -> torch.dtype:
@@ -407,7 +413,7 @@ def load(
     cache: str | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel:
-    """Load an alias, a folder or a GGUF file.
+    """Load an alias, a model of the hub, a folder or a GGUF file.
 
     exact    float32 activations and the reference kernels: the definition, slower
     context  most tokens of a conversation (default: the model's own limit, at most 8192)
@@ -421,7 +427,7 @@ def load(
     cache_dtype(exact, cache)
     if threads is not None:
         set_threads(threads)
-    source = open_source(model, (lambda text: progress(0, 1, text)) if progress else None)
+    source = open_source(model, progress)
     placement = placed(source, device, exact, context, cache)
     try:
         return LanguageModel(source, exact, context, progress, cache, placement)
