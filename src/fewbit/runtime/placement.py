@@ -99,7 +99,8 @@ def plan(source: Source, context: int, exact: bool, cached: torch.dtype, on_card
     tokens = min(context, CARD_CHUNK if on_card else PREFILL_CHUNK)
     attention = (2 * a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_dim
     # residual, its norm and what is added; then the widest of what attention and the gated product hold at once
-    activations = 4 * tokens * (3 * a.hidden_size + max(2 * attention, 3 * a.intermediate_size))
+    widest = max(2 * attention, 3 * a.intermediate_size, 3 * a.experts_used * a.hidden_size)
+    activations = 4 * tokens * (3 * a.hidden_size + widest)
     # a matrix is unpacked while it is laid out, or dequantized beside its place
     laid_out = max(counts[w.name] * (5 if w.name in widened else 2) for w in source.weights)
     return Plan(sum(kept.values()), cache, activations + laid_out + 16 * 4 * a.vocab_size + (MARGIN if on_card else 0))
