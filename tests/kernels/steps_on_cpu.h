@@ -17,6 +17,7 @@
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
+typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -66,9 +67,9 @@ inline float __uint_as_float(u32 u) { float f; memcpy(&f, &u, 4); return f; }
 inline float __expf(float x) { return std::exp(x); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float float_of_half(u16 h) {
-    int exponent = h >> 10 & 31, mantissa = h & 1023;
-    float size = exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp((float)mantissa, -24);
-    return h >> 15 ? -size : size;
+    _Float16 f;
+    memcpy(&f, &h, 2);
+    return f;
 }
 // to nearest, ties to even
 inline u16 half_of(float f) {

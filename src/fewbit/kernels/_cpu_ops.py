@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.kernels.ops import Batch, Layer, Ops, Product, Stack, cached_width
+from fewbit.kernels.ops import INT4, Batch, Layer, Ops, Product, Stack, cached_width
 
 # a step of more tokens is a native call for each layer, between which Python looks for signals (Ctrl-C)
 MOST_TOKENS_AT_ONCE = 16
@@ -176,10 +176,13 @@ class NativeStack(Stack):
         super().__init__(ops, layers)
 
     def allocate(self, rows: int, dtype: torch.dtype) -> None:
-        """Room for `rows` tokens; ValueError where `dtype` is not float32, float16 or int8."""
-        if dtype not in CACHES:
-            raise ValueError(f"caches must be float32, float16 or int8, got {dtype}")
+        """Room for `rows` tokens; ValueError where `dtype` is not float32, float16, int8 or INT4."""
+        self._is_native = dtype in CACHES
+        if not self._is_native and dtype is not INT4:
+            raise ValueError(f"caches must be float32, float16, int8 or uint8 (4 bits), got {dtype}")
         super().allocate(rows, dtype)
+        if not self._is_native:
+            return
         for i, (keys, values) in enumerate(self.caches):
             self.native.set_cache(i, keys.data_ptr(), values.data_ptr(), CACHES[dtype], rows)
 
@@ -187,7 +190,8 @@ class NativeStack(Stack):
         """x [T, d] -> [T, d]; IndexError where a slot or a page leaves the cache, with nothing written."""
         tokens, first = x.shape[0], self.layers[0]
         taken = (
-            _is_rows(x, first.attention_norm.shape[0])
+            self._is_native
+            and _is_rows(x, first.attention_norm.shape[0])
             and all(_is_rows(t, first.width // 2) and t.shape[0] == tokens for t in (cos, sin))
             and _are_indices(batch.slots)
             and batch.slots.shape == (tokens,)

@@ -309,3 +309,13 @@ def _launch_error(driver: Any, name: str, status: Any, facts: str) -> FewbitErro
     _, text = driver.cuGetErrorString(status)
     words = text.decode() if isinstance(text, bytes) else str(status)
     return FewbitError(f"The CUDA kernel {name} did not run.", f"{words}; {facts}.", "Run on the CPU, and report this.")
+
+
+def run(kernel: Kernel, grid: tuple[int, int, int], threads: int, *args: Any) -> None:
+    """Launch a kernel that waits for the one before it by itself, and so may start early."""
+    kernel.launch(grid, (threads, 1, 1), args, dependent=True)
+
+
+def pointers(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
+    """Where they lie, as arguments; 0 for None."""
+    return [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in tensors]
