@@ -1,4 +1,4 @@
-"""Caches in 16 bits and in int8: what they hold, what they cost, and who refuses them."""
+"""Caches in 16 bits, int8 and int4: what they hold, what they cost, and who refuses them."""
 
 from __future__ import annotations
 
@@ -38,13 +38,15 @@ def packed(tiny_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "q"
 
 
-def test_int8_takes_a_byte_a_number_and_two_a_head(packed: Path) -> None:
+def test_what_a_head_takes(packed: Path) -> None:
     models = {name: fewbit.load(packed, context=512, cache=name) for name in CACHES}
     a = models["int8"].source.args
     heads = 2 * 512 * a.num_hidden_layers * a.num_key_value_heads
     assert {name: cache_bytes(m) for name, m in models.items()} == {
         "16bit": heads * 2 * a.head_dim,
         "int8": heads * (a.head_dim + 2),
+        # half a byte a number; a scale and a least number for each group of 32, the last one shorter
+        "int4": heads * (a.head_dim // 2 + 4 * -(-a.head_dim // 32)),
     }
     assert cache_bytes(fewbit.load(packed, context=512)) == cache_bytes(models["16bit"])
     assert cache_bytes(fewbit.load(packed, context=512, exact=True)) == 2 * cache_bytes(models["16bit"])
@@ -77,8 +79,8 @@ def test_exact_runs_and_other_names_are_refused(
             fewbit.load(packed, exact=True, cache=name)
         assert "float32" in found.value.facts
     with pytest.raises(FewbitError, match="no such cache") as found:
-        fewbit.load(packed, cache="int4")
-    assert "16bit, int8" in found.value.facts
+        fewbit.load(packed, cache="int2")
+    assert "16bit, int8, int4" in found.value.facts
     with pytest.raises(FewbitError, match="exact run"):
         # refused before the text, which is not there, is read
         fewbit.evaluate(packed, packed, tmp_path / "none", exact=True, kv_cache="int8")

@@ -20,15 +20,13 @@ from fewbit.kernels._cuda_attention import (
     _New,
     _Places,
     _Result,
-    empty_cache,
     sharing,
 )
 from fewbit.kernels._nvrtc import SOURCES
-from fewbit.kernels.ops import INT4, Ops, cached, spread, uncached
+from fewbit.kernels.ops import INT4, Ops, cached, cached_width, heads_apart, spread, uncached
 from tests.kernels.stand_in import compiled
 
 PAGE = 256
-CPU = torch.device("cpu")
 RUN = """
 #include "attend.cu"
 typedef long long i64;
@@ -65,7 +63,8 @@ def random_caches(rows: int, kv: int, width: int, dtype: torch.dtype, g: torch.G
     """Keys and values as the card has them."""
     found = []
     for _ in range(2):
-        cache = empty_cache(rows, kv, width, dtype, CPU)
+        whole = torch.empty(rows, kv, heads_apart(width, dtype, "cuda"), dtype=dtype)
+        cache = whole[..., : cached_width(width, dtype)]
         cache[:] = cached(torch.randn(rows, kv, width, generator=g) * 2, dtype)
         found.append(cache)
     return tuple(found)

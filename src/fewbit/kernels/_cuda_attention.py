@@ -12,7 +12,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from fewbit.kernels import _nvrtc
 from fewbit.kernels._nvrtc import pointers, run
-from fewbit.kernels.ops import INT4, Batch, Cache, Layer, cached_width
+from fewbit.kernels.ops import INT4, Batch, Cache, Layer
 
 # of attend.cu
 TILE = 64
@@ -22,8 +22,6 @@ KERNELS = ("rotate_append", "expand_rows", "attend_one")
 WIDTHS = (16, 32, 64, 128, 256)
 # bits that a cache has for a number
 BITS = {torch.float16: 16, torch.int8: 8, INT4: 4}
-# heads in 8 bits begin at multiples of it, so that eight codes are one word
-HEAD_ALIGNMENT = 8
 # query heads that a block of attention serves; its registers hold as many numbers for each dimension of a lane
 MOST_SHARING = 8
 MOST_SHARED_NUMBERS = 1024
@@ -66,18 +64,6 @@ def sharing(heads: int, kv_heads: int, width: int) -> int:
     group = heads // kv_heads
     most = min(MOST_SHARING, MOST_SHARED_NUMBERS // width)
     return next(n for n in range(min(group, most), 0, -1) if group % n == 0)
-
-
-def head_elements(width: int, dtype: torch.dtype) -> int:
-    """Elements from one head of a cache on a card to the next."""
-    count = cached_width(width, dtype)
-    return -(-count // HEAD_ALIGNMENT) * HEAD_ALIGNMENT if dtype is torch.int8 else count
-
-
-def empty_cache(rows: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for `rows` tokens [rows, heads, cached_width] where the kernels find it."""
-    whole = torch.empty(rows, heads, head_elements(width, dtype), dtype=dtype, device=device)
-    return whole[..., : cached_width(width, dtype)]
 
 
 class Attention:

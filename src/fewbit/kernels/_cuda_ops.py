@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewbit.kernels import Packed, _nvrtc
-from fewbit.kernels._cuda_attention import BITS, WIDTHS, Attention, Spans, empty_cache
+from fewbit.kernels._cuda_attention import BITS, WIDTHS, Attention, Spans
 from fewbit.kernels._nvrtc import pointers, run
 from fewbit.kernels.cuda import FUSED_TOKENS, Cuda, Halves
 from fewbit.kernels.ops import Batch, Cache, Layer, Ops, Product, Stack
@@ -102,14 +102,10 @@ class CudaStack(Stack):
         """Room for `rows` tokens in float16, int8 or INT4; ValueError where `dtype` is something else."""
         if rows and dtype not in BITS:
             raise ValueError(f"caches on a card must be float16, int8 or uint8 (4 bits), got {dtype}")
-        on = self.cuda.device
-        self.caches = []
-        for layer in self.layers if rows else ():
-            keys, values = (empty_cache(rows, layer.kv_heads, layer.width, dtype, on) for _ in range(2))
-            self.caches.append((keys, values))
+        super().allocate(rows, dtype)
         if rows and self._attention is None:
             most = (max(getattr(layer, name) for layer in self.layers) for name in ("heads", "width"))
-            self._attention = Attention(on, *most)
+            self._attention = Attention(self.cuda.device, *most)
 
     @property
     def attention(self) -> Attention:

@@ -168,12 +168,11 @@ class Stack:
 
     def allocate(self, rows: int, dtype: torch.dtype) -> None:
         """Room for `rows` tokens. Memory is only touched when written, so a large context costs nothing unused."""
-        shapes = [(rows, layer.kv_heads, cached_width(layer.width, dtype)) for layer in self.layers]
-        devices = [layer.attention_norm.device for layer in self.layers]
-        self.caches = [
-            (torch.empty(s, dtype=dtype, device=on), torch.empty(s, dtype=dtype, device=on))
-            for s, on in zip(shapes, devices, strict=True)
-        ]
+        self.caches = []
+        for layer in self.layers:
+            on = layer.attention_norm.device
+            keys, values = (empty_cache(rows, layer.kv_heads, layer.width, dtype, on) for _ in range(2))
+            self.caches.append((keys, values))
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         """x [T, d], cos and sin [T, D/2] of the tokens' positions -> [T, d]; appends to the caches."""
@@ -208,6 +207,18 @@ def cached_width(width: int, dtype: torch.dtype) -> int:
     if dtype is INT4:
         return width // 2 + 4 * -(-width // INT4_GROUP)
     return width + 2 if dtype is torch.int8 else width
+
+
+def heads_apart(width: int, dtype: torch.dtype, device: str) -> int:
+    """Elements from one head of a cache to the next on a kind of device: a card reads eight codes of 8 bits at once."""
+    count = cached_width(width, dtype)
+    return -(-count // 8) * 8 if dtype is torch.int8 and device != "cpu" else count
+
+
+def empty_cache(rows: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for the keys or the values of `rows` tokens [rows, heads, cached_width]."""
+    whole = torch.empty(rows, heads, heads_apart(width, dtype, device.type), dtype=dtype, device=device)
+    return whole[..., : cached_width(width, dtype)]
 
 
 def cached(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewbit import kernels
 from fewbit.errors import FewbitError
-from fewbit.kernels.ops import Batch, Ops
+from fewbit.kernels.ops import INT4, Batch
 from fewbit.layers import Weights
 from fewbit.prepared import PreparedLayouts
 from fewbit.runtime.cache import PAGE_SIZE, PageAllocator
@@ -31,7 +31,7 @@ from fewbit.tokenizer import Tokenizer
 Progress = Callable[[int, int, str], None]
 DEFAULT_CONTEXT = 8192
 # how keys and values may be kept, the default first
-CACHES = {"16bit": torch.float16, "int8": torch.int8}
+CACHES = {"16bit": torch.float16, "int8": torch.int8, "int4": INT4}
 # sequences with the new tokens of each
 Steps = Sequence[tuple[CachedSequence, Sequence[int]]]
 
@@ -84,9 +84,7 @@ class LanguageModel:
 
     def _load(self, progress: Progress | None) -> Any:
         source, total = self.source, len(self.source.weights)
-        ops = self.backends[0].ops
-        if self.device.type == "cuda":
-            ops = _card_ops(self.device, self.exact)
+        ops = kernels.ops_on(self.device, self.exact)
         prepared = None
         if self.device.type == "cpu" and source.path.exists():
             shapes = {w.name: w.shape for w in source.weights}
@@ -338,15 +336,6 @@ def not_finite(logits: Tensor, tokens: int) -> FewbitError:
     )
 
 
-def _card_ops(device: torch.device, exact: bool) -> Ops:
-    if exact:
-        return Ops()
-    # torch's part for cards is large, and most machines need none of it
-    from fewbit.kernels._cuda_ops import cuda_ops
-
-    return cuda_ops(device) or Ops()
-
-
 def _tensors(device: torch.device, *lists: Sequence[int]) -> tuple[Tensor, ...]:
     """int64 tensors of the lists: cut from one, which takes a third of the time that making each would."""
     flat = torch.tensor([i for part in lists for i in part], dtype=torch.int64)
@@ -413,8 +402,8 @@ def load(
     context  most tokens of a conversation (default: the model's own limit, at most 8192)
     threads  CPU threads (default: the cores this process may use)
     device   auto (a card that is there and has room, or the CPU, with `device_note` saying why), cpu, cuda, cuda:N
-    cache    keys and values in "16bit" (default), or in "int8": about half the memory, and less to read at long
-             contexts; on the CPU only, as yet. Exact runs keep them in float32 and refuse either.
+    cache    keys and values in "16bit" (default); in "int8": about half the memory, and less to read at long contexts;
+             or in "int4": less than a third, at a price in quality. Exact runs keep them in float32 and refuse all.
     Raises FewbitError where the model is missing, broken, of an unknown architecture, the context impossible, there is
     no such cache, or the named device is not there or too small.
     """

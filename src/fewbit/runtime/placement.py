@@ -10,8 +10,8 @@ import torch
 
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
-from fewbit.kernels._nvrtc import missing
-from fewbit.kernels.ops import cached_width
+from fewbit.kernels import missing
+from fewbit.kernels.ops import heads_apart
 from fewbit.source import Source
 
 CPU = torch.device("cpu")
@@ -86,16 +86,22 @@ def plan(source: Source, context: int, exact: bool, cached: torch.dtype, on_card
     counts = {w.name: torch.Size(w.shape).numel() for w in source.weights}
     # the reference keeps float32, as norms are everywhere
     kept = {w.name: 4 * counts[w.name] if exact or len(w.shape) == 1 else stored[w.name] for w in source.weights}
-    cache = 2 * a.num_hidden_layers * context * a.num_key_value_heads
-    cache *= cached_width(a.head_dim, cached) * cached.itemsize
+    head = cached.itemsize * heads_apart(a.head_dim, cached, "cuda" if on_card else "cpu")
+    cache = 2 * a.num_hidden_layers * context * a.num_key_value_heads * head
     tokens = min(context, CARD_CHUNK if on_card else PREFILL_CHUNK)
     attention = (2 * a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_dim
+    # one layer's keys and values, read back for a prompt as halves or floats
+    expanded = (
+        0 if cached.is_floating_point else 2 * context * a.num_key_value_heads * a.head_dim * (2 if on_card else 4)
+    )
     # residual, its norm and what is added; then the widest of what attention and the gated product hold at once
     activations = 4 * tokens * (3 * a.hidden_size + max(2 * attention, 3 * a.intermediate_size))
     # a matrix is unpacked while it is laid out
     largest = max(counts[w.name] for w in source.weights)
     return Plan(
-        sum(kept.values()), cache, activations + 2 * largest + 16 * 4 * a.vocab_size + (MARGIN if on_card else 0)
+        sum(kept.values()),
+        cache,
+        activations + expanded + 2 * largest + 16 * 4 * a.vocab_size + (MARGIN if on_card else 0),
     )
 
 
@@ -115,7 +121,7 @@ def place(
     if not named:
         raise FewbitError(f"{device!r} is not a device.", "Devices: auto, cpu, cuda, cuda:N.", "Give one of these.")
     card = _named(int(named[1]) if named[1] else None)
-    if reason := _unusable(card, cached):
+    if reason := _unusable(card):
         raise FewbitError(f"The card cuda:{card.index} can't be used.", f"{reason}.", "Run with --device cpu.")
     wanted = plan(source, context, exact, cached)
     if wanted.total > card.free:
@@ -129,14 +135,14 @@ def _automatic(source: Source, context: int, exact: bool, cached: torch.dtype) -
         built = torch.version.cuda is not None
         note = "torch sees no CUDA card" if built else "this torch was built without CUDA"
         return Placement(CPU, on_cpu, f"There is a card, but {note}: the CPU is used." if _DRIVER.exists() else None)
-    if reason := missing():
+    if reason := missing("cuda"):
         return Placement(CPU, on_cpu, f"The CPU is used, not a card. {reason}.")
     found = cards()
     if not found:
         return Placement(CPU, on_cpu, "The CPU is used: no card said how much of its memory is free.")
     card = max(found, key=lambda c: (c.capability >= LEAST_CAPABILITY, c.free))
     wanted = plan(source, context, exact, cached)
-    reason = _unusable(card, cached)
+    reason = _unusable(card)
     if not reason and wanted.total > card.free:
         reason = f"{wanted}; {_gib(card.free)} of {card.name} are free"
     if reason:
@@ -171,13 +177,11 @@ def _named(index: int | None) -> Card:
     return found[index]
 
 
-def _unusable(card: Card, cached: torch.dtype) -> str | None:
-    if cached is torch.int8:
-        return "keys and values are kept in 8 bits on the CPU only, as yet"
+def _unusable(card: Card) -> str | None:
     if card.capability < LEAST_CAPABILITY:
         have, need = (".".join(map(str, c)) for c in (card.capability, LEAST_CAPABILITY))
         return f"{card.name} has compute capability {have}; the kernels need {need}"
-    return missing()
+    return missing("cuda")
 
 
 class CardMemoryError(FewbitError):

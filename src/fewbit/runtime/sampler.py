@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +12,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import FewbitError
-
-if TYPE_CHECKING:
-    from fewbit.kernels._cuda_ops import Choice, Chooser
+from fewbit.kernels import Choice, chooser
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -79,7 +76,7 @@ class Sampler:
         s = self.sampling
         if s.repetition_penalty != 1.0 and history:
             logits = _penalized(logits, history, s.repetition_penalty)
-        if logits.is_cuda and (choice := self.start(logits)):
+        if choice := self.start(logits):
             return choice.tokens()[0]
         logits = logits.cpu()
         if s.temperature < GREEDY_BELOW:
@@ -94,7 +91,7 @@ class Sampler:
 
     def start(self, logits: Tensor) -> Choice | None:
         """Begin to choose from logits [vocab] on a card, without a look back; None where nothing can choose there."""
-        choose = _on_card(logits.device)
+        choose = chooser(logits.device)
         if choose is None:
             return None
         s = self.sampling
@@ -115,15 +112,9 @@ class Sampler:
 
 def greedy(logits: Tensor) -> int:
     """The likeliest token of logits float32 [vocab]."""
-    if logits.is_cuda and (choose := _on_card(logits.device)):
+    if choose := chooser(logits.device):
         return choose(logits[None], 0.0, 0, 1.0, 0.0, [0.0]).tokens()[0]
     return int(logits.cpu().numpy().argmax())
-
-
-def _on_card(device: torch.device) -> Chooser | None:
-    from fewbit.kernels._cuda_ops import chooser
-
-    return chooser(device)
 
 
 def candidates(x: Floats, s: Sampling) -> tuple[Floats, Ids]:
