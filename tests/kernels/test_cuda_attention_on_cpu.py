@@ -20,7 +20,7 @@ from fewbit.kernels._cuda_attention import (
     _New,
     _Places,
     _Result,
-    sharing,
+    blocks,
 )
 from fewbit.kernels._nvrtc import SOURCES
 from fewbit.kernels.ops import INT4, Ops, cached, cached_width, heads_apart, spread, uncached
@@ -29,6 +29,7 @@ from tests.kernels.stand_in import compiled
 PAGE = 256
 RUN = """
 #include "attend.cu"
+#include "append.cu"
 typedef long long i64;
 extern "C" void attend(int x, int y, int z, New made, Places places, Caches caches, Result result, float scale) {
     launch({x, y, z}, kAttendThreads, [=] { attend_one(made, places, caches, result, scale); });
@@ -43,13 +44,14 @@ extern "C" void expand(int blocks, const u8* cache, const i64* pages, int size, 
 """
 
 
-def library(folder: Path, heads: int, kv: int, width: int, dtype: torch.dtype) -> ctypes.CDLL:
-    """attend.cu for such heads and a cache of a dtype."""
-    for name in ("attend.cu", "heads.cuh", "warps.cuh"):
+def library(folder: Path, width: int, dtype: torch.dtype) -> ctypes.CDLL:
+    """attend.cu and append.cu for heads of a width and a cache of a dtype."""
+    for name in ("attend.cu", "append.cu", "heads.cuh", "operands.cuh", "ranges.cuh", "warps.cuh"):
         shutil.copy(SOURCES / name, folder)
-    shutil.copy(Path(__file__).with_name("steps_on_cpu.h"), folder / "pieces.cuh")
+    for name in ("pieces.cuh", "pairs.cuh", "units.cuh"):
+        shutil.copy(Path(__file__).with_name("steps_on_cpu.h"), folder / name)
     (folder / "run.cpp").write_text(RUN)
-    return compiled(folder, {"WIDTH": width, "SHARING": sharing(heads, kv, width), "CACHE": BITS[dtype]})
+    return compiled(folder, {"WIDTH": width, "CACHE": BITS[dtype]})
 
 
 def unpacked(halves: Tensor, columns: int) -> Tensor:
@@ -73,10 +75,9 @@ def random_caches(rows: int, kv: int, width: int, dtype: torch.dtype, g: torch.G
 SHAPES = [(9, 3, 64, torch.float16), (8, 1, 128, torch.int8), (9, 3, 64, INT4), (4, 2, 16, torch.int8)]
 
 
-@pytest.mark.parametrize(("heads", "kv", "width", "dtype"), [*SHAPES, (8, 1, 128, INT4)])
+@pytest.mark.parametrize(("heads", "kv", "width", "dtype"), [*SHAPES, (20, 2, 128, INT4)])
 def test_attention_of_one_token(tmp_path: Path, heads: int, kv: int, width: int, dtype: torch.dtype) -> None:
-    shared = sharing(heads, kv, width)
-    attend = library(tmp_path, heads, kv, width, dtype).attend
+    attend = library(tmp_path, width, dtype).attend
     g = torch.Generator().manual_seed(heads)
     lengths = torch.tensor([1, TILE, 0, 2 * TILE + 7])
     count, each = len(lengths), 2
@@ -95,7 +96,7 @@ def test_attention_of_one_token(tmp_path: Path, heads: int, kv: int, width: int,
     Ops().rotate_append(*rotated, expected_keys, expected_values)
     partial = torch.full((count, heads, MOST_SPLITS, width), torch.nan)
     stats = torch.full((count, heads, MOST_SPLITS, 2), torch.nan)
-    counters = torch.zeros(count, heads // shared, dtype=torch.int32)
+    counters = torch.zeros(count, blocks(heads, kv), dtype=torch.int32)
     columns = heads * width
     out = torch.full((count, columns), torch.nan)
     halves = torch.full((-(-columns // 128) * 4, count, 32), torch.nan, dtype=torch.float16)
@@ -103,7 +104,7 @@ def test_attention_of_one_token(tmp_path: Path, heads: int, kv: int, width: int,
     places = _Places(*_addresses(slots, lengths, pages), each, PAGE)
     for to, packed in ((out, None), (None, halves)):
         result = _Result(*_addresses(partial, stats, counters, to, packed), count, 0)
-        attend(heads // shared, count, 4, made, places, caches, result, c_float(width**-0.5))
+        attend(blocks(heads, kv), count, 4, made, places, caches, result, c_float(width**-0.5))
         assert not counters.any()
     assert torch.equal(keys, expected_keys)
     assert torch.equal(values, expected_values)
@@ -113,7 +114,9 @@ def test_attention_of_one_token(tmp_path: Path, heads: int, kv: int, width: int,
         p = (torch.einsum("hd,lhd->hl", q[s].double(), kk) * width**-0.5).softmax(-1)
         expected = torch.einsum("hl,lhd->hd", p, vv)
         expected = (spread(expected) if dtype is INT4 else expected).flatten()
-        assert torch.allclose(out[s].double(), expected, rtol=1e-4, atol=1e-4), length
+        # what codes stand for is multiplied as halves
+        bound = {torch.float16: 2e-5, torch.int8: 1e-3, INT4: 2e-3}[dtype]
+        assert (out[s].double() - expected).norm() < bound * expected.norm(), length
     assert torch.equal(unpacked(halves, columns), out.half().float())
 
 
@@ -121,7 +124,7 @@ def test_attention_of_one_token(tmp_path: Path, heads: int, kv: int, width: int,
 def test_prompts_are_rotated_appended_and_read_back(
     tmp_path: Path, heads: int, kv: int, width: int, dtype: torch.dtype
 ) -> None:
-    kernels, g = library(tmp_path, heads, kv, width, dtype), torch.Generator().manual_seed(kv)
+    kernels, g = library(tmp_path, width, dtype), torch.Generator().manual_seed(kv)
     tokens, size, pages = 13, 4, torch.tensor([2, 0, 3, 1])
     angles = torch.rand(tokens, width // 2, generator=g) * 6
     cos, sin = angles.cos(), angles.sin()
@@ -143,9 +146,8 @@ def test_prompts_are_rotated_appended_and_read_back(
     turns = {torch.float16: (False, False), torch.int8: (True, False), INT4: (True, True)}[dtype]
     for which, (cache, turned) in enumerate(zip((keys, values), turns, strict=True)):
         out = torch.full((tokens, kv, width), torch.nan, dtype=torch.float16)
-        blocks = -(-tokens * kv // 2)
         args = (*_places(cache, pages), size, tokens, kv, which, *_places(out))
-        kernels.expand(blocks, *args)
+        kernels.expand(-(-tokens * kv // 2), *args)
         rows = uncached(cache[slots], torch.float32)
         held = (spread(rows) if turned else rows).clamp(-65504, 65504)
         assert torch.equal(held.isnan(), out.isnan())

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewbit.kernels import _nvrtc
-from fewbit.kernels._cuda_attention import BITS, Attention, sharing
+from fewbit.kernels._cuda_attention import BITS, Attention, blocks
 from fewbit.kernels._cuda_choice import Chooser
 from fewbit.kernels._cuda_ops import CudaOps, CudaStack
 from fewbit.kernels.cuda import Cuda, Halves
@@ -34,7 +34,8 @@ def card() -> torch.device:
     [
         ("steps.cu", {}),
         ("choose.cu", {}),
-        *(("attend.cu", {"WIDTH": 64, "SHARING": 3, "CACHE": bits}) for bits in BITS.values()),
+        *(("attend.cu", {"WIDTH": 64, "CACHE": bits}) for bits in BITS.values()),
+        ("append.cu", {"WIDTH": 64, "CACHE": 4}),
     ],
 )
 def test_sources_compile(source: str, defines: dict[str, object], arch: int) -> None:
@@ -93,12 +94,21 @@ def test_a_norm_as_halves(
     assert error(found, theirs) < 1e-4
 
 
-def test_heads_a_block_serves() -> None:
-    assert [sharing(h, kv, d) for h, kv, d in ((64, 8, 128), (9, 3, 64), (32, 32, 128), (28, 4, 128))] == [8, 3, 1, 7]
-    assert [sharing(h, kv, d) for h, kv, d in ((96, 8, 128), (8, 1, 256), (16, 1, 128), (22, 2, 64))] == [6, 4, 8, 1]
+def test_blocks_of_query_heads() -> None:
+    assert [blocks(*heads) for heads in ((64, 8), (9, 3), (32, 32), (28, 4), (96, 8), (22, 2))] == [8, 3, 32, 4, 16, 4]
 
 
-HEADS = [(64, 8, 128), (9, 3, 64), (4, 2, 16), (8, 8, 128), (14, 2, 64), (8, 1, 256), (16, 1, 128), (40, 8, 32)]
+HEADS = [
+    (64, 8, 128),
+    (9, 3, 64),
+    (4, 2, 16),
+    (8, 8, 128),
+    (14, 2, 64),
+    (8, 1, 256),
+    (16, 1, 128),
+    (40, 8, 32),
+    (22, 2, 64),
+]
 
 
 def a_layer(heads: int, kv: int, width: int, device: torch.device, d: int = 64) -> Layer:
@@ -215,7 +225,7 @@ def test_attention_of_one_token_is_the_definition_and_knows_no_neighbours(
         expected = torch.einsum("hl,lhd->hd", p, vv)
         expected = (spread(expected) if dtype is INT4 else expected).flatten()
         # over one row nothing is averaged, and its codes may be a step off
-        assert error(found[s], expected) < (1e-3 if length > 1 else TOLERANCES[dtype]), length
+        assert error(found[s], expected) < (2e-3 if length > 1 else TOLERANCES[dtype]), length
         alone, _ = run(slice(s, s + 1))
         assert torch.equal(alone[0], found[s])
     for one, other in zip(expected_caches, written, strict=True):

@@ -1,9 +1,9 @@
-"""Attention on an NVIDIA card over caches in 16, 8 and 4 bits: kernels of `_cuda/attend.cu`."""
+"""Attention on an NVIDIA card over caches in 16, 8 and 4 bits: kernels of `_cuda/attend.cu` and `_cuda/append.cu`."""
 
 from __future__ import annotations
 
 from ctypes import Structure, c_float, c_int, c_void_p
-from typing import Any
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,17 +14,15 @@ from fewbit.kernels import _nvrtc
 from fewbit.kernels._nvrtc import pointers, run
 from fewbit.kernels.ops import INT4, Batch, Cache, Layer
 
-# of attend.cu
+# of ranges.cuh
 TILE = 64
 MOST_SPLITS = 32
-ATTEND_THREADS = 256
-KERNELS = ("rotate_append", "expand_rows", "attend_one")
+ATTEND_THREADS = 128
+# query heads that a block serves
+MOST_HEADS = 8
 WIDTHS = (16, 32, 64, 128, 256)
 # bits that a cache has for a number
 BITS = {torch.float16: 16, torch.int8: 8, INT4: 4}
-# query heads that a block of attention serves; its registers hold as many numbers for each dimension of a lane
-MOST_SHARING = 8
-MOST_SHARED_NUMBERS = 1024
 # sequences of one step whose partial sums have room
 SEQUENCES = 16
 
@@ -59,11 +57,9 @@ class _Result(Structure):
     )
 
 
-def sharing(heads: int, kv_heads: int, width: int) -> int:
-    """Query heads that one block serves: the most that divide those of a key-value head and fit its registers."""
-    group = heads // kv_heads
-    most = min(MOST_SHARING, MOST_SHARED_NUMBERS // width)
-    return next(n for n in range(min(group, most), 0, -1) if group % n == 0)
+def blocks(heads: int, kv_heads: int) -> int:
+    """Blocks that serve the query heads of a sequence over one range: those of a key-value head in as few as can be."""
+    return kv_heads * -(-(heads // kv_heads) // MOST_HEADS)
 
 
 class Attention:
@@ -91,15 +87,14 @@ class Attention:
         Appends to the cache.
         """
         heads, kv, width, tokens = layer.heads, layer.kv_heads, layer.width, len(qkv)
-        shared = sharing(heads, kv, width)
         out = torch.empty(0 if halves is not None else tokens, heads * width, device=qkv.device)
         splits = min(MOST_SPLITS, -(-batch.pages.shape[1] * batch.page_size // TILE))
-        kernel = kernels(self.device, width, shared, cache[0].dtype)["attend_one"]
+        kernel = compiled("attend_one", self.device, width, cache[0].dtype)
         caches = _Caches(*_addresses(*cache), heads, kv)
         room = _addresses(self._partial, self._stats, self._counters)
         for first in range(0, tokens, SEQUENCES):
             here = slice(first, first + SEQUENCES)
-            grid = (heads // shared, min(SEQUENCES, tokens - first), splits)
+            grid = (blocks(heads, kv), min(SEQUENCES, tokens - first), splits)
             made = _New(*_addresses(qkv[here], cos[here], sin[here]))
             tables = _addresses(batch.slots[here], batch.lengths[here], batch.pages[here])
             places = _Places(*tables, batch.pages.shape[1], batch.page_size)
@@ -113,7 +108,7 @@ class Attention:
         """The same for any number of new tokens, sequence by sequence through torch's flash attention."""
         tokens, heads, kv, width = len(qkv), layer.heads, layer.kv_heads, layer.width
         q = torch.empty(tokens, heads, width, dtype=torch.float16, device=qkv.device)
-        kernel = kernels(self.device, width, sharing(heads, kv, width), cache[0].dtype)["rotate_append"]
+        kernel = compiled("rotate_append", self.device, width, cache[0].dtype)
         made, caches = _New(*_addresses(qkv, cos, sin)), _Caches(*_addresses(*cache), heads, kv)
         run(kernel, (tokens, 1, 1), 256, made, *pointers(batch.slots, q), caches)
         out = torch.empty(tokens, heads * width, device=qkv.device)
@@ -138,7 +133,7 @@ class Attention:
             return spans.rows(cache, s, batch)
         kv, width, length = layer.kv_heads, layer.width, spans.found[s][2]
         out = torch.empty(length, kv, width, dtype=torch.float16, device=cache.device)
-        kernel = kernels(self.device, width, sharing(layer.heads, kv, width), cache.dtype)["expand_rows"]
+        kernel = compiled("expand_rows", self.device, width, cache.dtype)
         args = [*pointers(cache, batch.pages[s]), c_int(batch.page_size), c_int(length), c_int(kv), c_int(values)]
         run(kernel, (-(-length * kv // 8), 1, 1), 256, *args, *pointers(out))
         return out
@@ -162,16 +157,11 @@ class Spans:
         return found
 
 
-_compiled: dict[tuple[torch.device, int, int, int], dict[str, Any]] = {}
-
-
-def kernels(device: torch.device, width: int, shared: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The compiled functions for heads of a width, so many of them sharing a block, and a cache of a dtype."""
-    key = (device, width, shared, BITS[dtype])
-    if key not in _compiled:
-        defines = {"WIDTH": width, "SHARING": shared, "CACHE": BITS[dtype]}
-        _compiled[key] = _nvrtc.module("attend.cu", KERNELS, defines, device.index)
-    return _compiled[key]
+@cache
+def compiled(name: str, device: torch.device, width: int, dtype: torch.dtype) -> _nvrtc.Kernel:
+    """A kernel for heads of a width in a cache of a dtype."""
+    source = "attend.cu" if name == "attend_one" else "append.cu"
+    return _nvrtc.module(source, (name,), {"WIDTH": width, "CACHE": BITS[dtype]}, device.index)[name]
 
 
 def _addresses(*tensors: Tensor | None) -> list[int]:

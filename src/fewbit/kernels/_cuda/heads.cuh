@@ -24,6 +24,17 @@ constexpr bool kTurnsKeys = CACHE < 16, kTurnsValues = CACHE < 8;
 // a warp holds a head: number lane + 32 i in v[i] of a lane, so that v[i] of all lanes is a group
 constexpr int kHeld = (WIDTH + 31) / 32;
 
+// A step's new tokens: qkv [T, (heads + 2 kv) * WIDTH], the angles of their positions [T, WIDTH / 2].
+struct New {
+  const float *qkv, *cosines, *sines;
+};
+
+// keys and values [R, kv, kHeadBytes]; query heads, and those of keys and values
+struct Caches {
+  u8 *keys, *values;
+  int heads, kv_heads;
+};
+
 // An infinity would make all scores NaN; NaN stays what it is.
 __device__ __forceinline__ float within_halves(float x) {
   return x > kLargestHalf ? kLargestHalf : x < -kLargestHalf ? -kLargestHalf : x;
@@ -142,63 +153,4 @@ __device__ __forceinline__ float number_of(const u8* head, int at) {
   const u32 numbers = reinterpret_cast<const u32*>(head + WIDTH / 2)[at / kGroup];
   const float code = static_cast<float>(head[at / 2] >> at % 2 * 4 & 15);
   return code * float_of_half(static_cast<u16>(numbers)) + float_of_half(static_cast<u16>(numbers >> 16));
-}
-
-// Eight neighbouring numbers of a head as they lie in the cache; all zeros are eight zeros.
-struct Eight {
-  u32 codes[CACHE / 4];
-  // the scale; at 4 bits also the least number
-  u32 numbers;
-};
-
-__device__ __forceinline__ Eight no_numbers() {
-  Eight e;
-#pragma unroll
-  for (int i = 0; i < CACHE / 4; i++) e.codes[i] = 0;
-  e.numbers = 0;
-  return e;
-}
-
-// The eight from number 8 * `place` on.
-__device__ __forceinline__ Eight eight_of(const u8* head, int place) {
-  Eight e;
-  e.numbers = 0;
-#if CACHE == 16
-  const uint4 found = reinterpret_cast<const uint4*>(head)[place];
-  e.codes[0] = found.x, e.codes[1] = found.y, e.codes[2] = found.z, e.codes[3] = found.w;
-#elif CACHE == 8
-  const uint2 found = reinterpret_cast<const uint2*>(head)[place];
-  e.codes[0] = found.x, e.codes[1] = found.y;
-  e.numbers = *reinterpret_cast<const u16*>(head + WIDTH);
-#else
-  e.codes[0] = reinterpret_cast<const u32*>(head)[place];
-  e.numbers = reinterpret_cast<const u32*>(head + WIDTH / 2)[place * 8 / kGroup];
-#endif
-  return e;
-}
-
-// Codes become floats as the low bits of 2^23, which takes no conversion.
-__device__ __forceinline__ float whole(u32 code) { return __uint_as_float(0x4b000000u | code) - 8388608.f; }
-
-__device__ __forceinline__ void widen(const Eight& e, float (&out)[8]) {
-#if CACHE == 16
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    out[2 * i] = float_of_half(static_cast<u16>(e.codes[i]));
-    out[2 * i + 1] = float_of_half(static_cast<u16>(e.codes[i] >> 16));
-  }
-#elif CACHE == 8
-  const float scale = float_of_bfloat(static_cast<u16>(e.numbers));
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    // 128 more than the code
-    const u32 code = (e.codes[i / 4] ^ 0x80808080u) >> i % 4 * 8 & 255;
-    out[i] = (whole(code) - 128.f) * scale;
-  }
-#else
-  const float scale = float_of_half(static_cast<u16>(e.numbers));
-  const float least = float_of_half(static_cast<u16>(e.numbers >> 16));
-#pragma unroll
-  for (int i = 0; i < 8; i++) out[i] = whole(e.codes[0] >> 4 * i & 15) * scale + least;
-#endif
 }
