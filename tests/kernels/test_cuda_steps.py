@@ -39,8 +39,8 @@ def card() -> torch.device:
     ],
 )
 def test_sources_compile(source: str, defines: dict[str, object], arch: int) -> None:
-    if _nvrtc._bindings() is None:
-        pytest.skip("cuda-bindings or NVRTC is not installed")
+    if reason := _nvrtc.lacking():
+        pytest.skip(reason)
     assert len(_nvrtc.compiled(source, defines, arch)) > 1000
 
 

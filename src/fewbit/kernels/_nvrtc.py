@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +35,37 @@ def missing() -> str | None:
     """Why nothing can be compiled or launched here, in words; None where it can."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA card"
-    return None if _bindings() else "cuda-bindings (the extra fewbit[cuda]) can't be imported"
+    return lacking()
 
 
-@lru_cache(maxsize=1)
-def _bindings() -> tuple[Any, Any] | None:
-    """cuda.bindings' driver and nvrtc; None where they or NVRTC itself are not there."""
+@cache
+def lacking() -> str | None:
+    """What of the extra fewbit[cuda] is not there, in words; None where the compiler can be called."""
+    if not importlib.util.find_spec("cuda") or not importlib.util.find_spec("cuda.bindings"):
+        return "cuda-bindings is not installed (the extra fewbit[cuda] has it)"
     try:
-        from cuda.bindings import driver, nvrtc
+        _imported()
+    except ImportError as error:
+        return f"cuda-bindings can't be imported: {error}"
+    except RuntimeError as error:
+        return f"NVRTC's library can't be loaded (the extra fewbit[cuda] has it): {str(error).splitlines()[0]}"
+    return None
 
-        nvrtc.nvrtcVersion()
-    except (ImportError, RuntimeError):
-        return None
+
+@cache
+def _imported() -> tuple[Any, Any]:
+    from cuda.bindings import driver, nvrtc
+
+    nvrtc.nvrtcVersion()
     return driver, nvrtc
 
 
 def _both() -> tuple[Any, Any]:
-    found = _bindings()
-    if found is None:
+    if reason := lacking():
         raise FewbitError(
-            "The CUDA kernels can't be compiled.",
-            "cuda-bindings or NVRTC can't be imported.",
-            "Install fewbit[cuda], or run on the CPU.",
+            "The CUDA kernels can't be compiled.", f"{reason}.", "Install fewbit[cuda], or run on the CPU."
         )
-    return found
+    return _imported()
 
 
 class Arguments:
