@@ -245,3 +245,6 @@ def test_bench_runs_random_weights_and_says_so(
     for argv in (["bench"], ["bench", "model", "--random", "smollm2-135m"]):
         assert main(argv) == 2
         assert "One model is needed." in capsys.readouterr().err
+    for option in ("--format", "--head"):
+        assert main(["bench", "model", option, "int8"]) == 2
+        assert f"{option} is for --random." in capsys.readouterr().err
