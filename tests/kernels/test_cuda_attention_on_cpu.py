@@ -27,6 +27,7 @@ from fewbit.kernels.ops import INT4, Ops, cached, cached_width, heads_apart, spr
 from tests.kernels.stand_in import compiled
 
 PAGE = 256
+Shape = tuple[int, int, int, torch.dtype, ctypes.CDLL]
 RUN = """
 #include "attend.cu"
 #include "append.cu"
@@ -44,14 +45,19 @@ extern "C" void expand(int blocks, const u8* cache, const i64* pages, int size, 
 """
 
 
-def library(folder: Path, width: int, dtype: torch.dtype) -> ctypes.CDLL:
-    """attend.cu and append.cu for heads of a width and a cache of a dtype."""
+SHAPES = [(9, 3, 64, torch.float16), (4, 2, 16, torch.int8), (8, 1, 128, torch.int8), (20, 2, 128, INT4)]
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=str)
+def shape(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shape:
+    """Heads, key-value heads, their width, the cache's dtype; attend.cu and append.cu for them."""
+    folder, (heads, kv, width, dtype) = tmp_path_factory.mktemp("attention"), request.param
     for name in ("attend.cu", "append.cu", "heads.cuh", "operands.cuh", "ranges.cuh", "warps.cuh"):
         shutil.copy(SOURCES / name, folder)
     for name in ("pieces.cuh", "pairs.cuh", "units.cuh"):
         shutil.copy(Path(__file__).with_name("steps_on_cpu.h"), folder / name)
     (folder / "run.cpp").write_text(RUN)
-    return compiled(folder, {"WIDTH": width, "CACHE": BITS[dtype]})
+    return heads, kv, width, dtype, compiled(folder, {"WIDTH": width, "CACHE": BITS[dtype]})
 
 
 def unpacked(halves: Tensor, columns: int) -> Tensor:
@@ -72,12 +78,8 @@ def random_caches(rows: int, kv: int, width: int, dtype: torch.dtype, g: torch.G
     return tuple(found)
 
 
-SHAPES = [(9, 3, 64, torch.float16), (8, 1, 128, torch.int8), (9, 3, 64, INT4), (4, 2, 16, torch.int8)]
-
-
-@pytest.mark.parametrize(("heads", "kv", "width", "dtype"), [*SHAPES, (20, 2, 128, INT4)])
-def test_attention_of_one_token(tmp_path: Path, heads: int, kv: int, width: int, dtype: torch.dtype) -> None:
-    attend = library(tmp_path, width, dtype).attend
+def test_attention_of_one_token(shape: Shape) -> None:
+    heads, kv, width, dtype, kernels = shape
     g = torch.Generator().manual_seed(heads)
     lengths = torch.tensor([1, TILE, 0, 2 * TILE + 7])
     count, each = len(lengths), 2
@@ -104,7 +106,7 @@ def test_attention_of_one_token(tmp_path: Path, heads: int, kv: int, width: int,
     places = _Places(*_addresses(slots, lengths, pages), each, PAGE)
     for to, packed in ((out, None), (None, halves)):
         result = _Result(*_addresses(partial, stats, counters, to, packed), count, 0)
-        attend(blocks(heads, kv), count, 4, made, places, caches, result, c_float(width**-0.5))
+        kernels.attend(blocks(heads, kv), count, 4, made, places, caches, result, c_float(width**-0.5))
         assert not counters.any()
     assert torch.equal(keys, expected_keys)
     assert torch.equal(values, expected_values)
@@ -120,11 +122,9 @@ def test_attention_of_one_token(tmp_path: Path, heads: int, kv: int, width: int,
     assert torch.equal(unpacked(halves, columns), out.half().float())
 
 
-@pytest.mark.parametrize(("heads", "kv", "width", "dtype"), SHAPES)
-def test_prompts_are_rotated_appended_and_read_back(
-    tmp_path: Path, heads: int, kv: int, width: int, dtype: torch.dtype
-) -> None:
-    kernels, g = library(tmp_path, width, dtype), torch.Generator().manual_seed(kv)
+def test_prompts_are_rotated_appended_and_read_back(shape: Shape) -> None:
+    heads, kv, width, dtype, kernels = shape
+    g = torch.Generator().manual_seed(kv)
     tokens, size, pages = 13, 4, torch.tensor([2, 0, 3, 1])
     angles = torch.rand(tokens, width // 2, generator=g) * 6
     cos, sin = angles.cos(), angles.sin()
