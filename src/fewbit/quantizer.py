@@ -33,7 +33,9 @@ WINDOW = 512
 
 @dataclass(frozen=True)
 class Summary:
-    """What a quantization wrote."""
+    """What a quantization wrote. `unseen`: linears of experts that no calibration token came to, rounded to nearest (of
+    the blocks that this run quantized).
+    """
 
     path: str
     format: str
@@ -44,6 +46,7 @@ class Summary:
     source_bytes: int
     float16_bytes: int
     bits_per_weight: float
+    unseen: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -213,7 +216,7 @@ def quantize(
     store.remember(out, {"format": asked.format, "method": asked.resolved, "head": asked.head, "bits_per_weight": bits})
     return Summary(
         str(out), asked.format, asked.resolved, asked.head, seconds, found.weight_bytes, facts["source_bytes"],
-        found.float16_bytes, found.bits_per_weight,
+        found.float16_bytes, found.bits_per_weight, tuple(walk.unseen),
     )  # fmt: skip
 
 
@@ -318,7 +321,7 @@ def _companions(writer: Writer, source: Source, plan: list[Planned]) -> None:
     """config.json and the tokenizer's files, as Hugging Face tools expect them."""
     config = {k: v for k, v in source.config.items() if k not in ("quantization_config", "torch_dtype")}
     config["dtype"] = str(source.dtype).removeprefix("torch.")
-    linears = {w.name for w in source.weights if w.role in ("linear", "head")}
+    linears = {w.name for w in source.weights if w.role in ("linear", "router", "head")}
     if quantization := quantization_config(plan, linears):
         config["quantization_config"] = quantization
     data = source.checkpoint.tokenizer()

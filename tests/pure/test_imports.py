@@ -29,7 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": LOW | {"formats", "store"},
     "prepared": {"qtensor", "store", "kernels"},
     "layers": LOW | {"config_values", "formats", "kernels", "prepared"},
-    "models": LOW | {"config_values", "formats", "kernels", "layers"},
+    "rotary": {"errors", "config_values"},
+    "models": LOW | {"config_values", "formats", "kernels", "layers", "rotary"},
     "checkpoint": LOW | {"config_values", "formats"},
     "tokenizer": {"errors", "checkpoint"},
     "scoring": {"tokenizer"},
@@ -37,18 +38,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "documents": {"errors"},
     "calibration": {"errors", "tokenizer", "documents"},
     "source": LOW | {"formats", "models", "checkpoint", "store"},
-    "random_models": LOW | {"formats", "models", "checkpoint", "source"},
+    "shapes": set(),
+    "random_models": LOW | {"formats", "models", "checkpoint", "source", "shapes"},
     "origin": {"config_values", "checkpoint", "source"},
     "reference_cache": {"store", "scoring", "source"},
     "runtime": LOW | {"formats", "kernels", "layers", "models", "checkpoint", "tokenizer", "store", "source", "memory"},
     "blocks": LOW | {"formats", "kernels", "layers", "source"},
-    "calibrated": LOW | {"formats", "methods", "source", "blocks"},
+    "passes": LOW | {"methods", "blocks"},
+    "feeds": LOW | {"methods", "source", "blocks"},
+    "calibrated": LOW | {"formats", "methods", "source", "blocks", "feeds"},
     "scratch": set(),
-    "sensitivity": LOW | {"formats", "layers", "source", "blocks", "calibrated", "scratch"},
-    "preflight": LOW | {"formats", "methods", "source", "blocks", "calibrated", "sensitivity"},
+    "sensitivity": LOW | {"formats", "layers", "source", "blocks", "passes", "scratch"},
+    "preflight": LOW | {"formats", "methods", "source", "blocks", "passes", "sensitivity"},
     "walk": LOW | {"formats", "methods", "checkpoint", "source", "blocks", "calibrated", "scratch", "sensitivity"},
 }
-MAY_IMPORT["walk"] |= {"preflight"}
+MAY_IMPORT["walk"] |= {"preflight", "passes"}
 MAY_IMPORT["runtime"] |= {"prepared", "random_models"}
 MAY_IMPORT["self_calibration"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
 MAY_IMPORT["quantizer"] = MAY_IMPORT["walk"] | {"walk", "models", "tokenizer", "store", "calibration"}
