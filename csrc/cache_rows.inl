@@ -29,6 +29,23 @@ struct ByteRow {
     Vec load(int64_t d) const { return Isa::load_bytes(reinterpret_cast<const int8_t *>(head) + d) * scale; }
 };
 
+struct NibbleRow {
+    const uint8_t *head, *numbers;
+    NibbleRow(const uint8_t *head_, int64_t width) : head(head_), numbers(head_ + width / 2) {}
+    // a vector lies in one group; codes times a half are exact, so that the sum has one rounding, fused or not
+    Vec load(int64_t d) const {
+        int8_t codes[kLanes];
+        for (int i = 0; i < kLanes / 2; ++i) {
+            const uint8_t pair = head[d / 2 + i];
+            codes[2 * i] = static_cast<int8_t>(pair & 15);
+            codes[2 * i + 1] = static_cast<int8_t>(pair >> 4);
+        }
+        uint16_t group[2];
+        memcpy(group, numbers + d / kCachedGroup * 4, sizeof group);
+        return Isa::load_bytes(codes) * splat_vec(f16_to_float(group[0])) + splat_vec(f16_to_float(group[1]));
+    }
+};
+
 // A cached head to floats [width]; width is a multiple of 16.
 template <class Row>
 inline void read_head(const uint8_t *head, int64_t width, float *out) {
@@ -43,6 +60,7 @@ inline void with_rows(CacheType type, Use &&use) {
         case CacheType::f32: return use.template operator()<FloatRow>();
         case CacheType::f16: return use.template operator()<HalfRow>();
         case CacheType::int8: return use.template operator()<ByteRow>();
+        case CacheType::int4: return use.template operator()<NibbleRow>();
     }
 }
 

@@ -22,11 +22,14 @@ enum class Scalar : int { f32 = 0, f16 = 1, bf16 = 2 };
 // What a group adds to scale * code: nothing, a number of its own, or -scale * zero with a byte for its zero point.
 enum class Offsets : int { none = 0, f32 = 1, f16 = 2, zeros = 3 };
 
-// What a cached head of a token is: `width` numbers, of int8 with their scale (bf16) behind them.
-enum class CacheType : int { f32 = 0, f16 = 1, int8 = 2 };
+// What a cached head of a token is: `width` numbers, of int8 with their scale (bf16) behind them, of int4 (two a byte)
+// with a scale and a least number (f16) for each group.
+enum class CacheType : int { f32 = 0, f16 = 1, int8 = 2, int4 = 3 };
+constexpr int64_t kCachedGroup = 32;
 
 constexpr int64_t head_bytes(CacheType type, int64_t width) {
     if (type == CacheType::int8) return width + 2;
+    if (type == CacheType::int4) return width / 2 + 4 * ((width + kCachedGroup - 1) / kCachedGroup);
     return type == CacheType::f16 ? 2 * width : 4 * width;
 }
 

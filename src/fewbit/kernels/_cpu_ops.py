@@ -14,7 +14,7 @@ from fewbit.kernels.ops import INT4, Batch, Layer, Ops, Product, Stack, cached_w
 # a step of more tokens is a native call for each layer, between which Python looks for signals (Ctrl-C)
 MOST_TOKENS_AT_ONCE = 16
 # the caches that native code reads and writes, and its numbers for them
-CACHES = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
+CACHES = {torch.float32: 0, torch.float16: 1, torch.int8: 2, INT4: 3}
 
 
 def _is_rows(t: Tensor, columns: int) -> bool:
@@ -187,12 +187,9 @@ class NativeStack(Stack):
 
     def allocate(self, rows: int, dtype: torch.dtype) -> None:
         """Room for `rows` tokens; ValueError where `dtype` is not float32, float16, int8 or INT4."""
-        self._is_native = dtype in CACHES
-        if not self._is_native and dtype is not INT4:
+        if dtype not in CACHES:
             raise ValueError(f"caches must be float32, float16, int8 or uint8 (4 bits), got {dtype}")
         super().allocate(rows, dtype)
-        if not self._is_native:
-            return
         for i, (keys, values) in enumerate(self.caches):
             self.native.set_cache(i, keys.data_ptr(), values.data_ptr(), CACHES[dtype], rows)
 
@@ -200,8 +197,7 @@ class NativeStack(Stack):
         """x [T, d] -> [T, d]; IndexError where a slot or a page leaves the cache, with nothing written."""
         tokens, first = x.shape[0], self.layers[0]
         taken = (
-            self._is_native
-            and _is_rows(x, first.norm.shape[0])
+            _is_rows(x, first.norm.shape[0])
             and all(_is_rows(t, first.width // 2) and t.shape[0] == tokens for t in (cos, sin))
             and _are_indices(batch.slots)
             and batch.slots.shape == (tokens,)

@@ -314,7 +314,8 @@ def _nibbles(x: Tensor) -> Tensor:
     codes, numbers = [], []
     for group in x.float().split(INT4_GROUP, -1):
         least, most = group.amin(-1, keepdim=True), group.amax(-1, keepdim=True)
-        params = torch.cat(((most - least) / 15, least), dim=-1).half()
+        # of two zeros the positive one
+        params = torch.cat(((most - least) / 15, least + 0.0), dim=-1).half()
         scale, least = params.float().split(1, -1)
         # a group of one number everywhere has the code 0, and so has one that is NaN
         codes.append(torch.where(scale > 0, ((group - least) / scale).round().clamp(0, 15), 0).to(torch.uint8))

@@ -127,7 +127,8 @@ __device__ __forceinline__ void store_nibbles(u8* to, const float (&v)[kHeld]) {
     const float x = within_halves(v[i]);
     const bool broken = warp_any(is_held(i) && x != x);
     const float top = warp_max(is_held(i) ? x : -kLargestHalf), low = -warp_max(is_held(i) ? -x : -kLargestHalf);
-    const u16 least = broken ? 0x7e00 : half_of(low), step = broken ? 0x7e00 : half_of((top - low) / 15.f);
+    // of two zeros the positive one
+    const u16 least = broken ? 0x7e00 : half_of(low + 0.f), step = broken ? 0x7e00 : half_of((top - low) / 15.f);
     const float from = float_of_half(least), by = float_of_half(step);
     const float code = by > 0.f ? fminf(fmaxf(rintf((x - from) / by), 0.f), 15.f) : 0.f;
     const float other = __shfl_xor_sync(0xffffffffu, code, 1);
