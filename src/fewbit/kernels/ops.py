@@ -329,7 +329,7 @@ def _of_nibbles(rows: Tensor) -> Tensor:
     groups = -(-rows.shape[-1] // (INT4_GROUP // 2 + 4))
     pairs, params = rows.split((rows.shape[-1] - 4 * groups, 4 * groups), -1)
     codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2).float()
-    scale, least = params.contiguous().view(torch.float16).float().unflatten(-1, (groups, 2)).unbind(-1)
+    scale, least = params.clone().view(torch.float16).float().unflatten(-1, (groups, 2)).unbind(-1)
     parts = zip(codes.split(INT4_GROUP, -1), scale.split(1, -1), least.split(1, -1), strict=True)
     return torch.cat([part * by + start for part, by, start in parts], dim=-1)
 
