@@ -34,15 +34,22 @@ struct NibbleRow {
     NibbleRow(const uint8_t *head_, int64_t width) : head(head_), numbers(head_ + width / 2) {}
     // a vector lies in one group; codes times a half are exact, so that the sum has one rounding, fused or not
     Vec load(int64_t d) const {
-        int8_t codes[kLanes];
-        for (int i = 0; i < kLanes / 2; ++i) {
-            const uint8_t pair = head[d / 2 + i];
-            codes[2 * i] = static_cast<int8_t>(pair & 15);
-            codes[2 * i + 1] = static_cast<int8_t>(pair >> 4);
-        }
         uint16_t group[2];
         memcpy(group, numbers + d / kCachedGroup * 4, sizeof group);
-        return Isa::load_bytes(codes) * splat_vec(f16_to_float(group[0])) + splat_vec(f16_to_float(group[1]));
+        return codes(d) * splat_vec(Isa::half(group[0])) + splat_vec(Isa::half(group[1]));
+    }
+    // Eight codes a word: every lane has its word, and shifts it by what is its own.
+    Vec codes(int64_t d) const {
+        Isa::IntVec x = {}, shift, upper;
+        uint32_t words[2] = {0, 0};
+        memcpy(words, head + d / 2, kLanes / 2);
+        for (int l = 0; l < kLanes; ++l) {
+            shift[l] = 4 * (l % 8);
+            upper[l] = l < 8 ? 0 : -1;
+        }
+        const int32_t low = static_cast<int32_t>(words[0]), high = static_cast<int32_t>(words[1]);
+        x = kLanes > 8 ? (upper & (x + high)) | (~upper & (x + low)) : x + low;
+        return __builtin_convertvector((x >> shift) & 15, Vec);
     }
 };
 
