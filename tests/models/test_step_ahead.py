@@ -148,8 +148,14 @@ def test_another_answer_takes_over_between_two_steps(model: LanguageModel) -> No
     assert "".join(model.generate(other, max_tokens=6)) == expected
     with pytest.raises(FewbitError, match="ended by a newer one"):
         list(one)
-    # what the first did before it was told changed nothing
-    assert "".join(model.generate(other, max_tokens=6)) == expected
+    # what the first did before it was told changed nothing, in the midst of the other's answer too
+    one = model.generate(PROMPT, max_tokens=20)
+    next(one)
+    two = model.generate(other, max_tokens=6)
+    begun = [next(two), next(two)]
+    with pytest.raises(FewbitError, match="ended by a newer one"):
+        next(one)
+    assert "".join([*begun, *two]) == expected
 
 
 def test_the_last_place_of_the_context_is_used_and_none_behind_it(model: LanguageModel) -> None:
