@@ -153,8 +153,10 @@ def test_another_answer_takes_over_between_two_steps(model: LanguageModel) -> No
     next(one)
     two = model.generate(other, max_tokens=6)
     begun = [next(two), next(two)]
+    ids = list(model._kept.ids)
     with pytest.raises(FewbitError, match="ended by a newer one"):
         next(one)
+    assert model._kept.ids == ids
     assert "".join([*begun, *two]) == expected
 
 
