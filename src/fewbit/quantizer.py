@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import fewbit
-from fewbit import store
+from fewbit import companions, store
 from fewbit.blocks import fast_product
 from fewbit.calibration import Calibration
 from fewbit.calibration import collect as collect_windows
@@ -91,6 +91,7 @@ class Options:
     device: str = "auto"
     offload: bool = False
     restart: bool = False
+    supersede: bool = False
 
     def __post_init__(self) -> None:
         _known("scales", self.scales, ("search", "minmax"))
@@ -165,7 +166,7 @@ def quantize(
     note: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Summary:
-    """Quantize `model` (alias, folder or GGUF file) into the new folder `out`.
+    """Quantize `model` (alias, hub id, folder or GGUF file) into the new folder `out`.
 
     format       spec of the blocks' linears, such as `int4g64`
     method       `auto`, or modules of `fewbit.methods`: `rtn`, `gptq`, `awq`, `awq+gptq`, `tuned`
@@ -181,13 +182,14 @@ def quantize(
     device       `auto`, `cpu`, `cuda`, `cuda:1`
     offload      keep calibration activations on disk
     restart      begin anew where an unfinished output lies
+    supersede    begin anew where that is another run's, and go on with one of this run
     progress, note   told how far the walk is, and what is worth knowing; log  a file of one JSON line a matrix
     A run that was stopped goes on where it was, and writes the same bytes. Raises FewbitError.
     """
     start = time.perf_counter()
     asked = Options(**options)
     modules = asked.modules
-    source = open_source(model, (lambda text: progress(0, 1, text)) if progress else None)
+    source = open_source(model, progress)
     recipe = Recipe(asked.format, asked.head, next(s for s, d in FLOATS.items() if d == source.dtype))
     plan = _plan(source, recipe)
     out = Path(out)
@@ -195,8 +197,12 @@ def quantize(
     facts, fingerprint = _facts(source, asked, calibration)
     target = Target(source.dtype, asked.scales == "search", asked.effort, note or silent)
     try:
-        with Writer(out, plan, source.dtype, facts, fingerprint, asked.restart) as writer, Log(log) as lines:
-            _companions(writer, source, plan)
+        with (
+            Writer(out, plan, source.dtype, facts, fingerprint, asked.restart, asked.supersede) as writer,
+            Log(log) as lines,
+        ):
+            linears = {w.name for w in source.weights if w.role in ("linear", "router", "head")}
+            companions.write(writer, source, quantization_config(plan, linears))
             walk = Walk(source, writer, plan, modules, target, asked, progress or _quiet, lines, note or silent)
             walk.run(calibration.windows if calibration else None)
     except OSError as e:
@@ -279,7 +285,7 @@ def _facts(source: Source, asked: Options, calibration: Calibration | None) -> t
         "method": asked.resolved,
         "head": asked.head,
         "scales": asked.scales,
-        "source": source.path.name,
+        "source": store.title(source.path),
         "source_bytes": source.checkpoint.weight_bytes(),
         "calibration": calibration.facts if calibration else None,
     }
@@ -315,32 +321,3 @@ def _plan(source: Source, recipe: Recipe) -> list[Planned]:
             raise FewbitError(f"{w.name} can't be stored as {spec}.", f"{reason}.", "Choose another format.")
         plan.append(Planned(w.name, spec, w.shape))
     return plan
-
-
-def _companions(writer: Writer, source: Source, plan: list[Planned]) -> None:
-    """config.json and the tokenizer's files, as Hugging Face tools expect them."""
-    config = {k: v for k, v in source.config.items() if k not in ("quantization_config", "torch_dtype")}
-    config["dtype"] = str(source.dtype).removeprefix("torch.")
-    linears = {w.name for w in source.weights if w.role in ("linear", "router", "head")}
-    if quantization := quantization_config(plan, linears):
-        config["quantization_config"] = quantization
-    data = source.checkpoint.tokenizer()
-    if data.bos_token_id is not None:
-        config.setdefault("bos_token_id", data.bos_token_id)
-    ends = list(data.eos_token_ids)
-    if ends:
-        config.setdefault("eos_token_id", ends[0])
-        writer.text("generation_config.json", {"eos_token_id": ends[0] if len(ends) == 1 else ends})
-    writer.text("config.json", config)
-    writer.text("tokenizer.json", data.json)
-    from fewbit.tokenizer import Tokenizer
-
-    tokens = Tokenizer(data).inner
-    ids = {"bos_token": data.bos_token_id, "eos_token": ends[0] if ends else None}
-    named = {key: tokens.id_to_token(i) for key, i in ids.items() if i is not None}
-    writer.text(
-        "tokenizer_config.json",
-        {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": data.add_bos, **named},
-    )
-    if data.chat_template is not None:
-        writer.text("chat_template.jinja", data.chat_template)

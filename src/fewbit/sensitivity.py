@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewbit.blocks import FloatBlock, FloatLinear, WindowOps, embed
+from fewbit.blocks import FloatBlock, FloatLinear, WindowOps, embed, load_block
 from fewbit.formats import parse
 from fewbit.layers import RMSNorm
 from fewbit.passes import Seen, batches, propagate
@@ -127,7 +127,7 @@ class Probe:
         return Sensitivity(positions, mean_one(torch.stack(channels)))
 
     def _block(self, index: int, length: int) -> FloatBlock:
-        return FloatBlock(self.source, index, length, self.device, product=self.product)
+        return load_block(self.source, index, length, self.device, self.product)
 
     def _forward(self, windows: Tensor, inputs: Tensor) -> Tensor:
         """Hidden states [n, length, d] behind the last block; `inputs` takes what each block is given."""

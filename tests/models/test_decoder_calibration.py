@@ -33,7 +33,7 @@ VARIANTS |= {model: {"attention_bias": True} for model in ("llama", "qwen3", "ge
 
 @pytest.mark.parametrize("model", MODELS)
 def test_dividing_what_feeds_a_linear_changes_nothing(tmp_path: Path, model: str) -> None:
-    source = open_source(written(tmp_path / "m", model, FEW | VARIANTS[model]))
+    source = open_source(written(tmp_path / "m", model, FEW | VARIANTS[model], torch.bfloat16))
     block = FloatBlock(source, 1, LENGTH, CPU)
     random = torch.Generator().manual_seed(2)
     x = torch.randn(4, LENGTH, 64, generator=random)
@@ -50,21 +50,28 @@ def test_dividing_what_feeds_a_linear_changes_nothing(tmp_path: Path, model: str
     old = [linear.weight.clone() for linear in block.linears]
     for feed in feeds:
         columns = feed.linears[0].shape[1]
-        applied = feed.divide(feed.share((0.5 * torch.randn(columns, generator=random)).exp()))
+        asked = feed.share((0.5 * torch.randn(columns, generator=random)).exp())
+        applied = feed.divide(asked)
+        torch.testing.assert_close(applied, asked, rtol=0.02, atol=0)
         for w in feed.linears:
             w *= applied
         for key in ("hessian", "cross"):
             if key in feed.stats:
                 feed.stats[key] = feed.stats[key] / (applied[:, None] * applied)
     after = block(x)
-    assert float((after - before).norm() / (before - x).norm()) < 1e-5
+    # biases and routers are stored in 16 bits, and what runs is what will be stored; what norms lose, linears make good
+    most = 0.02 if any("bias" in name or v.dim() == 2 for name, v in block.vectors.items()) else 1e-5
+    assert float((after - before).norm() / (before - x).norm()) < most
+    for name, v in block.vectors.items():
+        offset = block.offsets.get(name, 0.0)
+        assert torch.equal((v - offset).bfloat16().float() + offset, v), name
     changed = [float((linear.weight - w).abs().max()) > 0.05 for linear, w in zip(block.linears, old, strict=True)]
     assert sum(changed) >= len(changed) - (2 if model == "olmo2" else 0)
     # the statistics went along
     for found, again in zip(stats, collect(block, x, x), strict=True):
         assert found.keys() == again.keys()
         for name in found.keys() - {"tokens"}:
-            assert float((found[name] - again[name]).norm() / again[name].norm()) < 1e-4
+            assert float((found[name] - again[name]).norm() / again[name].norm()) < max(most, 1e-4)
 
 
 def channels_by_autograd(folder: Path, windows: Tensor) -> Tensor:

@@ -54,6 +54,42 @@ def expert_inputs(folder: Path, block: int, e: int, x: Tensor, chosen: Tensor) -
     return mine, F.silu(mine @ gate.t()) * (mine @ up.t())
 
 
+def test_tokens_of_an_expert_count_what_their_positions_do(tmp_path: Path) -> None:
+    folder = written(tmp_path / "m", "mixtral", FEW)
+    source = open_source(folder)
+    x, chosen = routed(folder, 0, WINDOWS)
+    hidden = torch.cat(list(embed(source, WINDOWS)))
+    block = FloatBlock(source, 0, LENGTH, CPU)
+    weights = torch.rand(len(block.linears), LENGTH, generator=torch.Generator().manual_seed(4))
+    stats = collect(block, hidden, None, weights)
+    for e in range(source.args.experts):
+        came = (chosen == e).any(1)
+        inputs = expert_inputs(folder, 0, e, x, chosen)
+        for i, rows in zip((2 + e, 2 + source.args.experts + e), inputs, strict=True):
+            counts = weights[i].repeat(len(WINDOWS))[came][:, None]
+            expected = rows.t() @ (counts * rows) / len(rows)
+            torch.testing.assert_close(stats[i]["hessian"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_an_experts_outputs_are_those_of_its_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(written(tmp_path / "m", "mixtral", FEW))
+    block = FloatBlock(source, 0, LENGTH, CPU)
+    random = torch.Generator().manual_seed(8)
+    x, gradient = (torch.randn(5, LENGTH, 64, generator=random) for _ in range(2))
+    seen: list[tuple[Tensor, Tensor]] = []
+    route = block.ops.route
+    monkeypatch.setattr(block.ops, "route", lambda *args: seen.append(route(*args)) or seen[-1])
+    probe = Probe(source, CPU, torch.float32, lambda *_: None)
+    found = probe._through(block, x, gradient.clone())
+    # a block's output is the sum of its experts' outputs, each times its weight
+    (_, weights) = seen[0]
+    expected = weights.square().sum(1) * gradient.flatten(0, 1).square().mean(1)
+    for row in found[2 + source.args.experts :]:
+        torch.testing.assert_close(row, expected.detach(), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_statistics_are_of_the_tokens_that_came(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewbit.passes.BATCH_TOKENS", 2 * LENGTH)

@@ -22,6 +22,7 @@ import fewbit
 from fewbit.errors import FewbitError
 from fewbit.models import GGUF_ARCHITECTURES, find_gguf_model
 from fewbit.runtime.cache import Sequence
+from fewbit.shapes import SHAPES
 from fewbit.source import open_source
 from tests.conftest import random_weights, write_folder
 from tests.models.decoders import MODELS, config_of
@@ -203,6 +204,23 @@ def test_quantizing_a_file_of_norms_plus_one_takes_it_off_again(tmp_path: Path) 
     torch.testing.assert_close(found, weights[name], rtol=0, atol=1e-6)
     p, q = (logits(tmp_path / m).log_softmax(-1) for m in ("m.gguf", "q"))
     assert 0 < float((p.exp() * (p - q)).sum(-1).mean()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("shape", "scalar"), [("gemma-2-9b", 256), ("gemma-2-27b", 144), ("gemma-3-12b", 256), ("gemma-3-27b", 168)]
+)
+def test_what_scores_are_scaled_by_follows_from_the_model(shape: str, scalar: int) -> None:
+    config = SHAPES[shape]
+    name = "gemma2" if config["model_type"] == "gemma2" else "gemma3"
+    found = {"embedding_length": "hidden_size", "block_count": "num_hidden_layers", "vocab_size": "vocab_size",
+             "feed_forward_length": "intermediate_size", "context_length": "max_position_embeddings",
+             "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+             "attention.key_length": "head_dim", "attention.sliding_window": "sliding_window"}  # fmt: skip
+    metadata = {f"{name}.{theirs}": config[ours] for theirs, ours in found.items()} | {"general.architecture": name}
+    module = find_gguf_model(metadata)
+    args = module.args(module.gguf_config(metadata, set(), lambda _: torch.empty(0)))
+    assert args.scale == pytest.approx(scalar**-0.5)
+    assert args.windows == module.args(config).windows
 
 
 def test_a_file_of_an_architecture_without_files_is_refused() -> None:

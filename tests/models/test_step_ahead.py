@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fewbit
 from fewbit import FewbitError
-from fewbit.kernels import missing
+from fewbit.kernels import _nvrtc
 from fewbit.runtime import graphs, sampler
 from fewbit.runtime.cache import PAGE_SIZE, Sequence
 from fewbit.runtime.engine import LanguageModel
@@ -42,7 +42,7 @@ def log() -> list[str]:
 @pytest.fixture(params=["stand-in", "card"])
 def model(request: pytest.FixtureRequest, tiny_folder: Path, log: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     if request.param == "card":
-        if reason := missing("cuda"):
+        if reason := _nvrtc.missing():
             pytest.skip(reason)
         return fewbit.load(tiny_folder, device="cuda:0", context=CONTEXT)
 

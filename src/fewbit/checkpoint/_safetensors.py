@@ -18,12 +18,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fewbit.checkpoint import Extent
 from fewbit.errors import FewbitError
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+# what the library bounds a header by
+MAX_HEADER = 100_000_000
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -33,6 +36,8 @@ class Shards:
     def __init__(self, files: list[Path]) -> None:
         self.files = files
         self.home: dict[str, Any] = {}
+        self._file: dict[str, Path] = {}
+        self._ranges: dict[Path, dict[str, tuple[int, int]]] = {}
         self.metadata: dict[str, dict[str, str]] = {}
         for file in files:
             opened = self._open(file)
@@ -44,7 +49,7 @@ class Shards:
                         f"The second is {file.name}.",
                         "Remove the file that does not belong to the model.",
                     )
-                self.home[name] = opened
+                self.home[name], self._file[name] = opened, file
 
     @staticmethod
     def _open(file: Path) -> Any:
@@ -84,6 +89,38 @@ class Shards:
         opened = self.home[name]
         found: Tensor = opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows[0] : rows[1]]
         return found
+
+    def extent(self, name: str) -> Extent:
+        """Where a tensor's bytes lie."""
+        file = self._file[name]
+        if file not in self._ranges:
+            self._ranges[file] = _ranges(file)
+        dtype, shape = self.dtype(name), self.shape(name)
+        begin, end = self._ranges[file].get(name, (0, -1))
+        found = Extent(file, begin, dtype, shape)
+        if end - begin != found.nbytes:
+            raise _changed(file)
+        return found
+
+
+def _ranges(file: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor's bytes begin and end in a file that the library has opened, and so checked."""
+    try:
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header: dict[str, Any] = json.loads(opened.read(min(size, MAX_HEADER)))
+        offsets = {name: facts["data_offsets"] for name, facts in header.items() if name != "__metadata__"}
+        return {name: (8 + size + int(begin), 8 + size + int(end)) for name, (begin, end) in offsets.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise _changed(file) from e
+
+
+def _changed(file: Path) -> FewbitError:
+    return FewbitError(
+        f"{file.name} changed while it was being read.",
+        f"{file}: its header is not the one that was checked.",
+        "Load the model again when nothing writes to it.",
+    )
 
 
 class ShardWriter:

@@ -9,6 +9,10 @@ from fewbit.cli._failures import UsageError
 from fewbit.errors import FewbitError
 from fewbit.lookup import nearest
 
+# what MODEL may be, for the verbs that take one
+MODEL_HELP = "alias, hub id (owner/name[@revision][:file or format]), folder or .gguf file"
+BITS_HELP = "2 to 8; 8 means int8, others intNg64"
+
 
 class Parser(argparse.ArgumentParser):
     """The parser of one verb."""
@@ -63,6 +67,11 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
     return number
+
+
+def format_of_bits(bits: int) -> str:
+    """What `--bits N` stands for: 8 bits need no groups to be near lossless, fewer do."""
+    return "int8" if bits == 8 else f"int{bits}g64"
 
 
 def add_device(parser: argparse._ActionsContainer, default: str = "auto") -> None:

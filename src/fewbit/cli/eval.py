@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewbit.cli._failures import UsageError, explain
+from fewbit.cli._models import fetch
 from fewbit.cli._parser import Parser, add_cache, add_device, count
 from fewbit.cli._terminal import Column, note, print_json, print_table, progress, write
 from fewbit.errors import FewbitError
@@ -76,6 +77,7 @@ def measure(args: argparse.Namespace, *, exact: bool, origins: Sequence[dict[str
         from fewbit.tasks import check_tasks
 
         check_tasks()
+    fetch(*args.model, args.against)
     found: list[Quality] = []
     answers: Tasks = {}
     try:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fewbit.cli._parser import Parser, count
+from fewbit.cli._parser import BITS_HELP, MODEL_HELP, Parser, count, format_of_bits
 from fewbit.cli._terminal import megabytes, note, print_json, progress, write
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ HELP = "store a model's weights in few bits"
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="alias, folder or .gguf file")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "-o", "--output", metavar="OUT", required=True, type=Path, help="folder to write; must not exist"
     )
@@ -24,7 +24,7 @@ def add_arguments(parser: Parser) -> None:
     bits.add_argument(
         "--format", metavar="SPEC", help="intN, intNgM or intNgMa: N bits, M inputs share a scale (default int4g64)"
     )
-    bits.add_argument("--bits", type=int, choices=range(2, 9), metavar="N", help="2 to 8; 8 means int8, others intNg64")
+    bits.add_argument("--bits", type=int, choices=range(2, 9), metavar="N", help=BITS_HELP)
     parser.add_argument(
         "--method", default="auto", help="auto, rtn, gptq, awq, awq+gptq or tuned (default %(default)s)"
     )
@@ -113,11 +113,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         write(describe(summary))
     return 0
-
-
-def format_of_bits(bits: int) -> str:
-    """What `--bits N` stands for: 8 bits need no groups to be near lossless, fewer do."""
-    return "int8" if bits == 8 else f"int{bits}g64"
 
 
 def describe(summary: Summary) -> str:

@@ -2,7 +2,7 @@
 
 Each module of this package (but `ops`) has `backend() -> Backend | None`: None where this machine can't run it, and
 `DEVICES`, the kinds of devices it multiplies on. What is done on a device beside products is asked for here as well:
-`missing`, `ops_on`, `chooser`, `ceilings`.
+`missing`, `slower`, `refuses_groups`, `ops_on`, `chooser`, `ceilings`.
 """
 
 from __future__ import annotations
@@ -161,12 +161,32 @@ class Ceilings(Protocol):
 
 
 def missing(device: str) -> str | None:
-    """Why nothing can run on this kind of device here, in words; None where it can."""
+    """Why nothing of fewbit's can multiply on this kind of device, in words; None where something can."""
     if device == "cpu":
         return None
+    from fewbit.kernels import _nvrtc, triton
+
+    reason = _nvrtc.missing()
+    return f"{reason}; {without}" if reason and (without := triton.missing()) else None
+
+
+def slower(device: str) -> str | None:
+    """A sentence where Triton stands in for the CUDA kernels."""
     from fewbit.kernels import _nvrtc
 
-    return _nvrtc.missing()
+    if device == "cpu" or not (reason := _nvrtc.missing()):
+        return None
+    return (
+        f"Products run through Triton, more slowly than they could: {reason}; `pip install '{_nvrtc.extra()}'` helps."
+    )
+
+
+def refuses_groups(device: str, span: int, columns: int) -> bool:
+    """Whether nothing but the reference multiplies matrices of `columns` whose groups have `span` of them."""
+    from fewbit.kernels import triton
+    from fewbit.kernels._cuda_layout import stored_span
+
+    return device != "cpu" and stored_span(span, columns) is None and triton.missing() is not None
 
 
 def ops_on(device: torch.device, exact: bool = False) -> Ops:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -19,12 +17,16 @@ from typing import Any
 
 import torch
 
+from fewbit import kept
 from fewbit.errors import FewbitError
 from fewbit.store import cache_dir
 
 SOURCES = Path(__file__).parent / "_cuda"
 # more than this for a block has to be asked of the driver
 PLAIN_SHARED = 48 << 10
+SUFFIX = ".cubin"
+# all that is kept: one takes 20 to 80 KB, a model a dozen of them, and old versions' are never asked for again
+MAX_BYTES = 64 << 20
 DIGEST = hashlib.sha256().digest_size
 # the first architecture with programmatic dependent launch
 DEPENDENT_LAUNCH = 90
@@ -38,17 +40,22 @@ def missing() -> str | None:
     return lacking()
 
 
+def extra() -> str:
+    """What to install for this torch: bindings and NVRTC of its own major version of CUDA."""
+    return "fewbit[cuda12]" if (torch.version.cuda or "").startswith("12.") else "fewbit[cuda]"
+
+
 @cache
 def lacking() -> str | None:
-    """What of the extra fewbit[cuda] is not there, in words; None where the compiler can be called."""
+    """What of the extra is not there, in words; None where the compiler can be called."""
     if not importlib.util.find_spec("cuda") or not importlib.util.find_spec("cuda.bindings"):
-        return "cuda-bindings is not installed (the extra fewbit[cuda] has it)"
+        return f"cuda-bindings is not installed (the extra {extra()} has it)"
     try:
         _imported()
     except ImportError as error:
         return f"cuda-bindings can't be imported: {error}"
     except RuntimeError as error:
-        return f"NVRTC's library can't be loaded (the extra fewbit[cuda] has it): {str(error).splitlines()[0]}"
+        return f"NVRTC's library can't be loaded (the extra {extra()} has it): {str(error).splitlines()[0]}"
     return None
 
 
@@ -62,9 +69,7 @@ def _imported() -> tuple[Any, Any]:
 
 def _both() -> tuple[Any, Any]:
     if reason := lacking():
-        raise FewbitError(
-            "The CUDA kernels can't be compiled.", f"{reason}.", "Install fewbit[cuda], or run on the CPU."
-        )
+        raise FewbitError("The CUDA kernels can't be compiled.", f"{reason}.", f"Install {extra()}, or run on the CPU.")
     return _imported()
 
 
@@ -206,24 +211,20 @@ def _use_context(driver: Any, device: int) -> None:
 
 def _kept(source: str, defines: tuple[tuple[str, str], ...], arch: int, anew: bool = False) -> bytes:
     """What NVRTC made of it, from the cache where it is whole; a folder that can't be written costs compiling again."""
-    file = cache_dir() / "cuda" / f"{Path(source).stem}-{_key(source, defines, arch)}.cubin"
+    file = cache_dir() / "cuda" / f"{Path(source).stem}-{_key(source, defines, arch)}{SUFFIX}"
     if not anew:
         try:
             whole = file.read_bytes()
             if len(whole) > DIGEST and hashlib.sha256(whole[DIGEST:]).digest() == whole[:DIGEST]:
+                kept.used(file)
                 return whole[DIGEST:]
         except OSError:
             pass
     image = compiled(source, dict(defines), arch)
     with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, draft = tempfile.mkstemp(prefix=".", suffix=".part", dir=file.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as opened:
-                opened.write(hashlib.sha256(image).digest() + image)
-            Path(draft).replace(file)
-        except OSError:
-            Path(draft).unlink(missing_ok=True)
+        with kept.written(file) as draft:
+            draft.write(hashlib.sha256(image).digest() + image)
+        kept.tidy(file.parent, SUFFIX, file, MAX_BYTES)
     return image
 
 
@@ -280,7 +281,7 @@ def compiled(source: str, defines: Mapping[str, object], arch: int) -> bytes:
             raise FewbitError(
                 "A CUDA kernel did not compile.",
                 f"{source} for sm_{arch} with {dict(defines)}: {_log(nvrtc, program)}",
-                "Update fewbit[cuda], or run on the CPU; this is worth a report.",
+                f"Update {extra()}, or run on the CPU; this is worth a report.",
             )
         if options[0].startswith(b"--gpu-architecture=sm_"):
             size, get = nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN

@@ -6,19 +6,21 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fewbit import kernels
 from fewbit.errors import FewbitError
+from fewbit.fetching import Fetcher
 from fewbit.kernels.ops import INT4, Batch
 from fewbit.layers import Weights
 from fewbit.prepared import PreparedLayouts
+from fewbit.qtensor import QTensor
 from fewbit.runtime.cache import PAGE_SIZE, PageAllocator, Steps
 from fewbit.runtime.cache import Sequence as CachedSequence
 from fewbit.runtime.decoding import decode, not_finite
@@ -89,17 +91,21 @@ class LanguageModel:
             shapes = {w.name: w.shape for w in source.weights}
             prepared = PreparedLayouts(source.path, source.checkpoint.weight_bytes(), shapes, self.backends)
             total -= len(prepared.names)
-        read = _counted(source, progress, total) if progress else source.read
-        weights = Weights(read, source.has, self.backends, ops, self.notes, prepared, self.device, self.context)
-        try:
+        with ExitStack() as open_while_loading:
+            read: Callable[[str], QTensor] = source.read
+            if self.device.type == "cuda":
+                names = [w.name for w in source.weights]
+                read = open_while_loading.enter_context(Fetcher(source, names, self.device)).read
+            if prepared:
+                open_while_loading.callback(prepared.close)
+            if progress:
+                read = _counted(read, progress, total)
+            weights = Weights(read, source.has, self.backends, ops, self.notes, prepared, self.device, self.context)
             model = source.module.Model(source.args, weights)
             if prepared:
                 prepared.keep()
                 self.prepared_note = prepared.note
             return model
-        finally:
-            if prepared:
-                prepared.close()
 
     def _on_card(self) -> AbstractContextManager[Any]:
         """The model's card is torch's current one inside; on the CPU nothing changes."""
@@ -144,14 +150,11 @@ class LanguageModel:
         self._check_ids(f.ids)
         if self._graphs and wanted is None and len(f.ids) == len(steps) and self._graphs.takes(len(steps)):
             return self._graphs.run(f.ids, f.positions, f.slots, f.lengths, f.pages)
-        table = f.table()
-        if wanted is None:
-            wanted = [i - 1 for i in f.starts[1:]]
-        flat = [page for pages in table for page in pages]
-        cut = _tensors(self.device, f.ids, f.positions, f.slots, flat, f.lengths, f.starts, wanted)
+        wanted = wanted if wanted is not None else [i - 1 for i in f.starts[1:]]
+        table = [page for pages in f.table() for page in pages]
+        cut = _tensors(self.device, f.ids, f.positions, f.slots, table, f.lengths, f.starts, wanted)
         batch = Batch(cut[2], cut[3].view(len(steps), -1), cut[4], cut[5], PAGE_SIZE, cut[6])
-        logits: Tensor = self.model(cut[0], cut[1], batch)
-        return logits
+        return cast(Tensor, self.model(cut[0], cut[1], batch))
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         # a card told of a row that is not there gives nothing back to this process any more
@@ -318,16 +321,16 @@ def _tensors(device: torch.device, *lists: Sequence[int]) -> tuple[Tensor, ...]:
     return torch.split(flat, [len(part) for part in lists])
 
 
-def _counted(source: Source, progress: Progress, total: int) -> Callable[[str], Any]:
+def _counted(read: Callable[[str], QTensor], progress: Progress, total: int) -> Callable[[str], QTensor]:
     done = 0
 
-    def read(name: str) -> Any:
+    def counted(name: str) -> QTensor:
         nonlocal done
         done += 1
         progress(min(done, total), total, name)
-        return source.read(name)
+        return read(name)
 
-    return read
+    return counted
 
 
 def cache_dtype(exact: bool, cache: str | None) -> torch.dtype:
@@ -370,7 +373,7 @@ def load(
     cache: str | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel:
-    """Load an alias, a folder or a GGUF file.
+    """Load an alias, a model of the hub, a folder or a GGUF file.
 
     exact    float32 activations and the reference kernels: the definition, slower
     context  most tokens of a conversation (default: the model's own limit, at most 8192)
@@ -384,7 +387,7 @@ def load(
     cache_dtype(exact, cache)
     if threads is not None:
         set_threads(threads)
-    source = open_source(model, (lambda text: progress(0, 1, text)) if progress else None)
+    source = open_source(model, progress)
     placement = placed(source, device, exact, context, cache)
     try:
         return LanguageModel(source, exact, context, progress, cache, placement)
