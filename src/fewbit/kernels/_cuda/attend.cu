@@ -40,18 +40,15 @@ __device__ __forceinline__ void load_values(Values& values, const Part& p, const
   for (int i = 0; i < 4; i++) take_value(values, i, row_of(p, tile, tile.values, value_token(i)));
 }
 
-// Queries, rotated and scaled, as the scores' operand; in the block that sees the new token also its key and value, which
-// the block of the first query heads appends to the cache.
-__device__ __forceinline__ void take_new(Room& room, const Part& p, const New& made, const Places& places,
-                                         const Caches& caches, float scale) {
+// Queries, rotated and scaled, as the scores' operand; in the block that sees the new token also its key and value.
+__device__ __forceinline__ void take_new(Room& room, const Part& p, const New& made, const Caches& caches, float scale) {
   const int heads = caches.heads, kv_heads = caches.kv_heads, lane = threadIdx.x % kWarp;
   const float* row = made.qkv + static_cast<long long>(p.sequence) * (heads + 2 * kv_heads) * WIDTH;
   const float* c = made.cosines + static_cast<long long>(p.sequence) * (WIDTH / 2);
   const float* s = made.sines + static_cast<long long>(p.sequence) * (WIDTH / 2);
   // scores in base 2
   const float unit = scale * 1.4426950408889634f * kKeyHalving;
-  const bool sees_new = p.end == p.length, appends = p.first_head % (heads / kv_heads) == 0;
-  for (int h = threadIdx.x / kWarp; h < p.heads + (sees_new ? 2 : 0); h += kWarps) {
+  for (int h = threadIdx.x / kWarp; h < p.heads + (p.end == p.length ? 2 : 0); h += kWarps) {
     const bool is_key = h == p.heads, is_value = h == p.heads + 1;
     const int which = is_value ? heads + kv_heads + p.kv : is_key ? heads + p.kv : p.first_head + h;
     float v[kHeld];
@@ -59,8 +56,6 @@ __device__ __forceinline__ void take_new(Room& room, const Part& p, const New& m
     if (is_value ? kTurnsValues : kTurnsKeys) turn_head(v);
     if (is_key || is_value) {
       store_head(is_value ? room.new_value : room.new_key, v);
-      const long long at = places.slots[p.sequence] * kv_heads + p.kv;
-      if (appends) store_head((is_value ? caches.values : caches.keys) + at * kHeadBytes, v);
       continue;
     }
 #pragma unroll
@@ -73,6 +68,19 @@ __device__ __forceinline__ void take_new(Room& room, const Part& p, const New& m
       reinterpret_cast<u16*>(words)[to.half] = high;
       reinterpret_cast<u16*>(words + 1)[to.half] = half_of(x - float_of_half(high));
     }
+  }
+}
+
+// The new key and value to the cache, by one of the blocks that see them.
+__device__ __forceinline__ void append_new(const Room& room, const Part& p, const Places& places, const Caches& caches) {
+  constexpr int kParts = kHeadBytes / 4;
+  if (p.end != p.length || p.first_head % (caches.heads / caches.kv_heads)) return;
+  const long long at = (places.slots[p.sequence] * caches.kv_heads + p.kv) * kHeadBytes;
+  for (int i = threadIdx.x; i < 2 * kParts; i += kAttendThreads) {
+    const bool is_value = i >= kParts;
+    const int part = is_value ? i - kParts : i;
+    reinterpret_cast<u32*>((is_value ? caches.values : caches.keys) + at)[part] =
+        reinterpret_cast<const u32*>(is_value ? room.new_value : room.new_key)[part];
   }
 }
 
@@ -208,8 +216,9 @@ extern "C" __global__ void __launch_bounds__(kAttendThreads, WIDTH > 128 ? 2 : 3
   __syncthreads();
   wait_for_inputs();
   if (!p.length) return give(room, p, result, caches.heads, 0.f);
-  take_new(room, p, made, places, caches, scale);
+  take_new(room, p, made, caches, scale);
   __syncthreads();
+  append_new(room, p, places, caches);
 
   Seen seen = {};
   seen.top = kNothing;

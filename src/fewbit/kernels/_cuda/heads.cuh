@@ -86,7 +86,7 @@ __device__ __forceinline__ void turn_head(float (&v)[kHeld]) {
   for (int i = 0; i < kHeld; i++) v[i] *= kRoot;
 }
 
-__device__ __forceinline__ bool warp_any(bool one) { return warp_max(one ? 1.f : 0.f) > 0.f; }
+__device__ __forceinline__ bool warp_any(bool one) { return __any_sync(0xffffffffu, one); }
 
 __device__ __forceinline__ float float_of_bfloat(u16 bits) { return __uint_as_float(static_cast<u32>(bits) << 16); }
 
