@@ -23,8 +23,8 @@ KINDS = [
 
 @pytest.fixture(autouse=True)
 def _compiler(tmp_path, monkeypatch):
-    if _nvrtc._bindings() is None:
-        pytest.skip("cuda-bindings or NVRTC (the extra fewbit[cuda]) is not there")
+    if reason := _nvrtc.lacking():
+        pytest.skip(reason)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 

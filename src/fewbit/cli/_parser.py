@@ -52,9 +52,9 @@ def add_cache(parser: argparse._ActionsContainer) -> None:
     """The option of every verb that runs a model; `runtime.engine.CACHES` has the same names."""
     parser.add_argument(
         "--cache",
-        choices=("16bit", "int8"),
-        help="keep keys and values in 16 bits (default), or in 8: half the memory, less to read at long contexts; "
-        "exact runs keep them in float32",
+        choices=("16bit", "int8", "int4"),
+        help="keep keys and values in 16 bits (default), in 8: half the memory, less to read at long contexts; or in "
+        "4: less than a third, at a price in quality; exact runs keep them in float32",
     )
 
 
