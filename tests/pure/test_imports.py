@@ -63,16 +63,9 @@ MAY_IMPORT["quantizer"] = MAY_IMPORT["walk"] | {"walk", "models", "tokenizer", "
 MAY_IMPORT["quantizer"] |= {"self_calibration", "companions"}
 MAY_IMPORT["on_demand"] = {"errors", "checkpoint", "source", "store", "quantizer"}
 MAY_IMPORT["engines"] = {"errors"}
-MAY_IMPORT["verification"] = MAY_IMPORT["runtime"] | {"runtime", "engines"}
-MAY_IMPORT["exports"] = MAY_IMPORT["walk"] | {
-    "walk",
-    "companions",
-    "models",
-    "tokenizer",
-    "store",
-    "quantizer",
-    "rotary",
-}
+MAY_IMPORT["exports"] = MAY_IMPORT["walk"] | {"walk", "companions", "models", "tokenizer", "store", "quantizer"}
+MAY_IMPORT["exports"] |= {"rotary"}
+MAY_IMPORT["verification"] = MAY_IMPORT["runtime"] | {"runtime", "engines", "exports", "methods"}
 MAY_IMPORT["model_card"] = {"exports", "verification"}
 MAY_IMPORT["evaluator"] = MAY_IMPORT["runtime"] | {"runtime", "calibration", "scoring", "reference_cache", "quality"}
 MAY_IMPORT["tasks"] = MAY_IMPORT["runtime"] | {"runtime"}

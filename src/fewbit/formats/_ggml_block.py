@@ -18,8 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewbit.formats import _ggml_writing
-from fewbit.formats import Affine, Format, Layout, Params, Shape, Tabled, TwoLevel
+from fewbit.formats import Affine, Format, Layout, Params, Shape, Tabled, TwoLevel, _ggml_writing
 from fewbit.qtensor import QTensor
 
 

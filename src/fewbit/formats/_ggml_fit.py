@@ -155,7 +155,7 @@ def _spread(unit: Tensor, steps: Tensor, columns: int) -> Tensor:
 def _halves(
     g: Tensor, h: Tensor | None, codes: Tensor, steps: Tensor, minima: Tensor, d: Tensor, m: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Least squares of g on step * code and -minimum_step, two unknowns a block; the old ones where that has no answer."""
+    """Least squares of g on step * code and -minimum_step, two unknowns a block; the old ones where it has none."""
     ones = torch.ones_like(d)
     a, b = _spread(ones, steps, g.shape[1]) * codes, -_spread(ones, minima, g.shape[1])
     ha, hb = (a, b) if h is None else (a * h, b * h)
