@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -36,15 +36,21 @@ Report = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Weights of mean 1: positions [blocks, linears, length] of a window, channels [blocks, d] of blocks' outputs."""
+    """Weights of mean 1: positions [blocks, linears, length] of a window, channels [blocks, d] of blocks' outputs.
+
+    What they are relative to: `scales` [blocks, linears], the mean g^2 at linears' outputs, and `entrance` [length, d],
+    the mean g^2 at what the embedding gives.
+    """
 
     positions: Tensor
     channels: Tensor
+    scales: Tensor
+    entrance: Tensor
 
     def save(self, file: Path) -> None:
         """Whole or not at all, whatever happens meanwhile."""
         beside = file.with_suffix(".new")
-        save_file({"positions": self.positions.contiguous(), "channels": self.channels}, beside)
+        save_file({field.name: getattr(self, field.name).contiguous() for field in fields(self)}, beside)
         with beside.open("rb") as written:
             os.fsync(written.fileno())
         beside.rename(file)
@@ -53,7 +59,7 @@ class Sensitivity:
     def load(cls, file: Path) -> Sensitivity:
         """What `save` wrote."""
         found = load_file(file)
-        return cls(found["positions"], found["channels"])
+        return cls(**{field.name: found[field.name] for field in fields(cls)})
 
 
 class Head:
@@ -73,13 +79,17 @@ class Head:
         ]
         self.tokens = max(1, LOGITS // total)
 
+    def normed(self, x: Tensor) -> Tensor:
+        """What the head multiplies of last hidden states x [T, d]."""
+        return RMSNorm(self.norm, self.source.args.rms_norm_eps, WindowOps(len(x)))(x)
+
     def pull(self, x: Tensor, draws: Tensor) -> Tensor:
         """Gradient at last hidden states x [T, d] of -log p(label), for labels drawn from the model's own predictions:
         where the sum of probabilities passes `draws` [T, 1].
         """
         x = x.detach().requires_grad_()
         with torch.enable_grad():
-            normed = RMSNorm(self.norm, self.source.args.rms_norm_eps, WindowOps(len(x)))(x)
+            normed = self.normed(x)
         read = normed.detach().to(self.product)
         p = torch.cat([(read @ part.to(self.product).t()).float() for part in self.parts], 1).softmax(1)
         labels = torch.searchsorted(p.cumsum(1), draws).clamp_(max=p.shape[1] - 1)
@@ -111,8 +121,9 @@ class Probe:
             self.report(f"what counts for the loss: block {i + 1} backward", 1 - 2 / 3 * (i + 1) / self.blocks)
             channels.insert(0, gradient.square().mean((0, 1)))
             tokens.insert(0, self._through(self._block(i, length), inputs[i], gradient))
-        positions = torch.stack(tokens).unflatten(-1, (n, length)).mean(2)
-        return Sensitivity(mean_one(by_octave(positions)), mean_one(torch.stack(channels)))
+        positions = by_octave(torch.stack(tokens).unflatten(-1, (n, length)).mean(2))
+        entrance = by_octave(gradient.square().mean(0).t()).t()
+        return Sensitivity(mean_one(positions), mean_one(torch.stack(channels)), positions.mean(-1), entrance)
 
     def _block(self, index: int, length: int) -> FloatBlock:
         return FloatBlock(self.source, index, length, self.device, product=self.product)
