@@ -1,9 +1,9 @@
 """Bits under a budget: one choice for each item, so that predicted losses are least and bytes stay below a limit.
 
-This is the multiple-choice knapsack problem (Kellerer, Pferschy, Pisinger: Knapsack Problems, 2004, chapter 11), solved by
-dynamic programming over bytes. Matrices come in few shapes, so the bytes of all choices have a large common divisor, and
-counting in it is exact; where it is too small, choices are rounded up to coarser units, and the walk along the convex hull
-of the choices (the same as a Lagrange multiplier lowered step by step) is taken where it is better.
+This is the multiple-choice knapsack problem (Kellerer, Pferschy, Pisinger: Knapsack Problems, 2004, chapter 11), solved
+by dynamic programming over bytes. Matrices come in few shapes, so the bytes of all choices have a large common divisor,
+and counting in it is exact; where it is too small, choices are rounded up to coarser units, and the walk along the
+convex hull of the choices (the same as a Lagrange multiplier lowered step by step) is taken where it is better.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _solve(items: Sequence[Item], units: int, unit: int) -> list[int]:
 
 
 def _along_hulls(items: Sequence[Item], budget: int) -> list[int]:
-    """From the smallest choices, the steps along each item's convex hull by falling gain a byte, until one does not fit.
+    """From the smallest choices, steps along each item's convex hull by falling gain a byte, until one does not fit.
 
     It stops there: what fits a smaller budget is then a part of what fits a larger one.
     """

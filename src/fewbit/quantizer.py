@@ -54,15 +54,18 @@ class Summary:
 class Recipe:
     """Which spec each tensor gets: `format` for the linears of the blocks, `head` for embedding and output head.
 
-    `sixteen` is what 16 bits mean for the model: f16 or bf16.
+    `sixteen` is what 16 bits mean for the model: f16 or bf16. `others` are tensors by name whose spec is another.
     """
 
     format: str
     head: str
     sixteen: str
+    others: Mapping[str, str] = field(default_factory=dict)
 
     def spec(self, w: WeightInfo, stored: str) -> str:
         """The spec of a tensor; norms and biases stay as they are `stored`."""
+        if w.name in self.others:
+            return self.others[w.name]
         if w.role == "linear":
             return self.format
         if w.role in ("embedding", "head"):

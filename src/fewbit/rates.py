@@ -1,9 +1,10 @@
 """What each part of a model loses at each number of bits: measured on calibration text, before anything is written.
 
-A weight that changes by E changes its outputs by E x, and the predictions by a divergence of about g^2 (E x)^2 / 2 nats a
-token, g the loss's gradient there (the Fisher information: Amari, Natural Gradient Works Efficiently in Learning, 1998,
-section 2; for weights LeCun et al. 1990, Optimal Brain Damage). Summed over the channels and tokens of the calibration
-text, that is g^2 tr(E H E^T) / 2 with H the mean of x x^T. The output head needs no such step: its divergence is computed.
+A weight that changes by E changes its outputs by E x, and the predictions by a divergence of about g^2 (E x)^2 / 2
+nats a token, g the loss's gradient there (the Fisher information: LeCun, Denker, Solla 1990, Optimal Brain Damage,
+section 2; Martens 2020, New Insights and Perspectives on the Natural Gradient Method, section 5). Summed over the
+channels and tokens of the calibration text, that is g^2 tr(E H E^T) / 2 with H the mean of x x^T. The output head
+needs no such step: its divergence is found by computing it.
 """
 
 from __future__ import annotations
@@ -87,66 +88,53 @@ class Meter:
 
     def _ends(self, windows: Tensor, hidden: Tensor, sensitivity: Sensitivity, specs: Sequence[str]) -> list[Part]:
         """Embedding and head; one part where they are one matrix."""
-        named = {w.role: w.name for w in self.source.weights if w.block is None}
-        losses: dict[str, list[float]] = {}
-        for role, lost in (("embedding", self._entrance(windows, sensitivity)), ("head", self._exit(hidden))):
-            found = losses.setdefault(named.get(role, named["embedding"]), [0.0] * len(specs))
-            for k, spec in enumerate(specs):
-                found[k] += lost(spec)
-        return [
-            Part(
-                name,
-                (name,),
-                Item(
-                    name,
-                    tuple(
-                        Choice(spec, self._nbytes(spec, [name.removesuffix(".weight")]), loss)
-                        for spec, loss in zip(specs, found, strict=True)
-                    ),
-                ),
-            )
-            for name, found in losses.items()
-        ]
+        named = {w.role: w for w in self.source.weights if w.block is None}
+        costs: dict[str, list[Callable[[list[Tensor]], float]]] = {}
+        costs.setdefault(named["embedding"].name, []).append(self._entrance(windows, sensitivity))
+        costs.setdefault(named.get("head", named["embedding"]).name, []).append(self._exit(hidden))
+        parts = []
+        for name, lost in costs.items():
+            choices = []
+            for spec in specs:
+                changes = self._rounded(name, spec)
+                nbytes = self._nbytes(spec, [name.removesuffix(".weight")])
+                choices.append(Choice(spec, nbytes, sum(cost(changes) for cost in lost)))
+            parts.append(Part(name, (name,), Item(name, tuple(choices))))
+        return parts
 
-    def _entrance(self, windows: Tensor, sensitivity: Sensitivity) -> Callable[[str], float]:
-        """spec -> loss by what the embedding gives."""
-        w = next(w for w in self.source.weights if w.role == "embedding")
+    def _entrance(self, windows: Tensor, sensitivity: Sensitivity) -> Callable[[list[Tensor]], float]:
+        """Changes of the embedding, in slices of rows -> loss by what it gives."""
+        shape = (self.source.args.vocab_size, self.source.args.hidden_size)
         # g^2 summed by token: rows that do not occur cost nothing
-        costs = torch.zeros(w.shape).index_add_(
-            0, windows.flatten(), sensitivity.entrance.float().cpu().repeat(len(windows), 1)
-        )
-        costs /= windows.numel()
+        squares = sensitivity.entrance.float().cpu().repeat(len(windows), 1)
+        costs = torch.zeros(shape).index_add_(0, windows.flatten(), squares) / windows.numel()
 
-        def lost(spec: str) -> float:
-            total, row = 0.0, 0
-            for off in self._rounded(w.name, w.shape, spec):
-                total += float((off.square_() * costs[row : row + len(off)]).sum(dtype=torch.float64)) / 2
-                row += len(off)
-            return total
+        def lost(changes: list[Tensor]) -> float:
+            pieces = zip(changes, costs.split([len(off) for off in changes]), strict=True)
+            return sum(float((off.square() * cost).sum(dtype=torch.float64)) / 2 for off, cost in pieces)
 
         return lost
 
-    def _exit(self, hidden: Tensor) -> Callable[[str], float]:
-        """spec -> divergence of the predictions with the head in it, at the last hidden states of a few windows."""
+    def _exit(self, hidden: Tensor) -> Callable[[list[Tensor]], float]:
+        """Changes of the head -> divergence of the predictions with them, at last hidden states of a few windows."""
         head = Head(self.source, self.device, self.product)
-        named = {w.role: w for w in self.source.weights if w.block is None}
-        w = named.get("head", named["embedding"])
         states = head.normed(hidden[:PROBES].flatten(0, 1).to(self.device))
 
-        def lost(spec: str) -> float:
-            changes = [off.to(self.device) for off in self._rounded(w.name, w.shape, spec)]
+        def lost(changes: list[Tensor]) -> float:
+            placed = [off.to(self.device) for off in changes]
             total = 0.0
             for x in states.split(head.tokens):
                 exact = torch.cat([(x.to(part.dtype) @ part.t()).float() for part in head.parts], 1)
-                moved = torch.cat([x @ off.t() for off in changes], 1).add_(exact)
+                moved = torch.cat([x @ off.t() for off in placed], 1).add_(exact)
                 p, q = exact.log_softmax(1), moved.log_softmax(1)
                 total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
             return max(0.0, total / len(states))
 
         return lost
 
-    def _rounded(self, name: str, shape: tuple[int, ...], spec: str) -> list[Tensor]:
+    def _rounded(self, name: str, spec: str) -> list[Tensor]:
         """What rounding to nearest changes, float32 [rows, in], in slices of rows."""
+        shape = next(w.shape for w in self.source.weights if w.name == name)
         found, row = [], 0
         for q in quantized(self.source, Planned(name, spec, shape), rtn, self.target):
             original = self.source.read(name, (row, row + q.shape[0]))
