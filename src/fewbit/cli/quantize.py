@@ -24,7 +24,13 @@ def add_arguments(parser: Parser) -> None:
     bits.add_argument(
         "--format", metavar="SPEC", help="intN, intNgM or intNgMa: N bits, M inputs share a scale (default int4g64)"
     )
-    bits.add_argument("--bits", type=int, choices=range(2, 9), metavar="N", help="2 to 8; 8 means int8, others intNg64")
+    bits.add_argument(
+        "--bits",
+        choices=(*map(str, range(2, 9)), "mixed"),
+        metavar="N|mixed",
+        help="2 to 8 (8: int8, others: intNg64); mixed: int4g64 with int8 where it matters most, 6 bits for the head",
+    )
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="JSON: names of tensors (with *) and their formats")
     parser.add_argument(
         "--method", default="auto", help="auto, rtn, gptq, awq, awq+gptq or tuned (default %(default)s)"
     )
@@ -90,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
         summary = fewbit.quantize(
             args.model,
             args.output,
-            format=args.format or format_of_bits(args.bits or 4),
+            format=args.format or format_of_bits(int(args.bits) if args.bits not in (None, "mixed") else 4),
+            recipe="mixed" if args.bits == "mixed" else args.recipe,
             method=args.method,
             effort=args.effort,
             head=args.head,
