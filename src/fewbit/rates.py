@@ -27,6 +27,9 @@ from fewbit.sensitivity import PROBES, Head, Probe, Report, Sensitivity
 from fewbit.source import Source
 from fewbit.walk import quantized
 
+# which spec a part gets, by its name
+Config = Callable[[str], str]
+
 
 @dataclass(frozen=True)
 class Part:
@@ -35,6 +38,28 @@ class Part:
     name: str
     tensors: tuple[str, ...]
     item: Item
+
+    @property
+    def inside(self) -> bool:
+        """Whether it belongs to a block."""
+        return self.item.name.rpartition(".")[0] not in ("", "model")
+
+
+@dataclass(frozen=True)
+class Joint:
+    """All parts rounded at once: the spec of each, and the mean divergence in nats a token on text held out."""
+
+    picks: dict[str, str]
+    kl: float
+
+
+@dataclass
+class _Stream:
+    """Held-out text on its way through the model, rounded as a config says."""
+
+    config: Config
+    hidden: Tensor
+    picks: dict[str, str]
 
 
 class Meter:
@@ -53,34 +78,99 @@ class Meter:
         self.device, self.product, self.report = device, product, report
 
     @torch.no_grad()
-    def measure(self, windows: Tensor, specs: Sequence[str], folder: Path) -> list[Part]:
-        """windows int64 [n, length]; `folder` takes a scratch file. Losses are in nats a token."""
-        sensitivity = Probe(self.source, self.device, self.product, self._share(0.0, 0.3)).measure(windows, folder)
+    def measure(
+        self,
+        windows: Tensor,
+        specs: Sequence[str],
+        folder: Path,
+        held_out: Tensor | None = None,
+        configs: Sequence[Config] = (),
+    ) -> tuple[list[Part], list[Joint]]:
+        """The losses of every part at every spec, and the divergences of whole configurations.
+
+        windows, held_out  int64 [n, length]: text to measure on, other text for the configurations
+        folder             takes a scratch file
+        """
+        sensitivity = Probe(self.source, self.device, self.product, self._share(0.0, 0.2)).measure(windows, folder)
         hidden = torch.cat(list(embed(self.source, windows)))
+        streams = self._streams(held_out, configs)
         parts: list[Part] = []
         blocks = self.source.args.num_hidden_layers
         for i in range(blocks):
-            self.report(f"what bits are worth: block {i + 1} of {blocks}", 0.3 + 0.6 * i / blocks)
+            self.report(f"what bits are worth: block {i + 1} of {blocks}", 0.2 + 0.7 * i / blocks)
             block = FloatBlock(self.source, i, windows.shape[1], self.device, product=self.product)
             stats = collect(block, hidden, None, sensitivity.positions[i])
-            for j, (linear, found) in enumerate(zip(block.linears, stats, strict=True)):
-                parts.append(self._linear(linear, found, float(sensitivity.scales[i, j]), specs))
             propagate(block, hidden)
+            rounded: list[dict[str, Tensor]] = []
+            for j, (linear, found) in enumerate(zip(block.linears, stats, strict=True)):
+                wanted = {stream.config(linear.names[0]) for stream in streams[1:]}
+                part, weights = self._linear(linear, found, float(sensitivity.scales[i, j]), specs, wanted)
+                parts.append(part)
+                rounded.append(weights)
+            self._advance(block, rounded, streams)
         self.report("what bits are worth: embedding and head", 0.9)
-        return parts + self._ends(windows, hidden, sensitivity, specs)
+        parts += self._ends(windows, hidden, sensitivity, specs)
+        return parts, self._judged(streams)
+
+    def _streams(self, held_out: Tensor | None, configs: Sequence[Config]) -> list[_Stream]:
+        """The original's, then one for each config, behind the embedding."""
+        if held_out is None or not configs:
+            return []
+        name = next(w.name for w in self.source.weights if w.role == "embedding")
+        exact = torch.cat(list(embed(self.source, held_out)))
+        streams = [_Stream(lambda _: "", exact, {})]
+        for config in configs:
+            spec = config(name)
+            changes = torch.cat(self._rounded(name, spec))
+            streams.append(_Stream(config, exact + changes[held_out], {name: spec}))
+        return streams
+
+    def _advance(self, block: FloatBlock, rounded: list[dict[str, Tensor]], streams: list[_Stream]) -> None:
+        """Every stream through the block, with the weights that its config asks for."""
+        originals = [linear.weight for linear in block.linears]
+        for k, stream in enumerate(streams):
+            for linear, weights, original in zip(block.linears, rounded, originals, strict=True):
+                name = linear.names[0]
+                if k:
+                    stream.picks[name] = stream.config(name)
+                linear.weight = weights[stream.picks[name]].to(original) if k else original
+            propagate(block, stream.hidden)
+
+    def _judged(self, streams: list[_Stream]) -> list[Joint]:
+        """The divergences of the streams' predictions from the first one's, over the later half of each window."""
+        if not streams:
+            return []
+        head = Head(self.source, self.device, self.product)
+        named = {w.role: w for w in self.source.weights if w.block is None}
+        name = named.get("head", named["embedding"]).name
+        middle = streams[0].hidden.shape[1] // 2
+        exact = head.normed(streams[0].hidden[:, middle:].flatten(0, 1).to(self.device))
+        found = []
+        for stream in streams[1:]:
+            stream.picks[name] = stream.config(name)
+            off = [t.to(self.device) for t in self._rounded(name, stream.picks[name])]
+            moved = head.normed(stream.hidden[:, middle:].flatten(0, 1).to(self.device))
+            found.append(Joint(stream.picks, head.divergence(exact, moved, off)))
+        return found
 
     def _share(self, start: float, length: float) -> Report:
         return lambda text, share: self.report(text, start + length * share)
 
-    def _linear(self, linear: FloatLinear, stats: Stats, scale: float, specs: Sequence[str]) -> Part:
-        choices = []
+    def _linear(
+        self, linear: FloatLinear, stats: Stats, scale: float, specs: Sequence[str], wanted: set[str]
+    ) -> tuple[Part, dict[str, Tensor]]:
+        """The losses, and the rounded weights of the `wanted` specs in 16 bits."""
+        choices, kept = [], {}
         for spec in specs:
             fmt = parse(spec)
-            off = fmt.dequantize(self.method.quantize(linear.weight, fmt, dict(stats), self.target)) - linear.weight
+            rounded = fmt.dequantize(self.method.quantize(linear.weight, fmt, dict(stats), self.target))
+            off = rounded - linear.weight
             loss = scale / 2 * float((off @ stats["hessian"]).mul_(off).sum(dtype=torch.float64))
             choices.append(Choice(spec, self._nbytes(spec, linear.names), max(0.0, loss)))
+            if spec in wanted:
+                kept[spec] = rounded.to(torch.bfloat16).cpu()
         names = tuple(f"{name}.weight" for name in linear.names)
-        return Part(linear.names[0], names, Item(linear.names[0], tuple(choices)))
+        return Part(linear.names[0], names, Item(linear.names[0], tuple(choices))), kept
 
     def _nbytes(self, spec: str, names: Sequence[str]) -> int:
         shapes = {w.name.removesuffix(".weight"): w.shape for w in self.source.weights}
@@ -120,17 +210,7 @@ class Meter:
         head = Head(self.source, self.device, self.product)
         states = head.normed(hidden[:PROBES].flatten(0, 1).to(self.device))
 
-        def lost(changes: list[Tensor]) -> float:
-            placed = [off.to(self.device) for off in changes]
-            total = 0.0
-            for x in states.split(head.tokens):
-                exact = torch.cat([(x.to(part.dtype) @ part.t()).float() for part in head.parts], 1)
-                moved = torch.cat([x @ off.t() for off in placed], 1).add_(exact)
-                p, q = exact.log_softmax(1), moved.log_softmax(1)
-                total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-            return max(0.0, total / len(states))
-
-        return lost
+        return lambda changes: head.divergence(states, states, [off.to(self.device) for off in changes])
 
     def _rounded(self, name: str, spec: str) -> list[Tensor]:
         """What rounding to nearest changes, float32 [rows, in], in slices of rows."""

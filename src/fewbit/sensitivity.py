@@ -83,6 +83,18 @@ class Head:
         """What the head multiplies of last hidden states x [T, d]."""
         return RMSNorm(self.norm, self.source.args.rms_norm_eps, WindowOps(len(x)))(x)
 
+    def divergence(self, exact: Tensor, moved: Tensor, changes: list[Tensor]) -> float:
+        """Mean KL in nats between the predictions of normed states `exact` [T, d], and those of `moved` [T, d] by a
+        head that is changed by `changes`, slices of rows.
+        """
+        total = 0.0
+        for x, y in zip(exact.split(self.tokens), moved.split(self.tokens), strict=True):
+            p = torch.cat([(x.to(part.dtype) @ part.t()).float() for part in self.parts], 1).log_softmax(1)
+            q = torch.cat([(y.to(part.dtype) @ part.t()).float() for part in self.parts], 1)
+            q = q.add_(torch.cat([y @ off.t() for off in changes], 1)).log_softmax(1)
+            total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+        return max(0.0, total / len(exact))
+
     def pull(self, x: Tensor, draws: Tensor) -> Tensor:
         """Gradient at last hidden states x [T, d] of -log p(label), for labels drawn from the model's own predictions:
         where the sum of probabilities passes `draws` [T, 1].

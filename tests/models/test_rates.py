@@ -21,7 +21,7 @@ WINDOWS = torch.randint(256, (8, LENGTH), generator=torch.Generator().manual_see
 def measured(folder: Path, tmp_path: Path) -> list[Part]:
     source = open_source(folder)
     meter = Meter(source, rtn, Target(source.dtype), CPU, torch.float32, lambda *_: None)
-    return meter.measure(WINDOWS, SPECS, tmp_path)
+    return meter.measure(WINDOWS, SPECS, tmp_path)[0]
 
 
 def divergence(folder: Path, part: Part, spec: str) -> float:
@@ -82,3 +82,28 @@ def test_a_head_in_slices_is_the_head(tmp_path: Path, monkeypatch: pytest.Monkey
     sliced = measured(folder, tmp_path)[-1]
     for a, b in zip(whole.item.choices, sliced.item.choices, strict=True):
         assert a.loss == pytest.approx(b.loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}], ids=str)
+def test_configurations_are_judged_by_the_whole_rounded_model(tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = written(tmp_path, **changes)
+    source = open_source(folder)
+    meter = Meter(source, rtn, Target(source.dtype), CPU, torch.float32, lambda *_: None)
+    held_out = torch.randint(256, (6, LENGTH), generator=torch.Generator().manual_seed(4))
+    configs = [lambda _: "int4g32", lambda name: "int8" if "mlp" in name else "int4g32"]
+    parts, joints = meter.measure(WINDOWS, SPECS, tmp_path, held_out, configs)
+    for config, joint in zip(configs, joints, strict=True):
+        assert joint.picks == {part.name: config(part.name) for part in parts}
+        model = transformers_model(folder)
+        with torch.inference_mode():
+            exact = model(held_out).logits[:, LENGTH // 2 :].double().log_softmax(-1)
+            for part in parts:
+                fmt = parse(joint.picks[part.name])
+                for name in part.tensors:
+                    w = source.read(name).parts["weight"].float()
+                    rounded = fmt.dequantize(rtn.quantize(w, fmt, {}, Target(source.dtype)))
+                    model.get_parameter(name).copy_(rounded)
+            moved = model(held_out).logits[:, LENGTH // 2 :].double().log_softmax(-1)
+        expected = float((exact.exp() * (exact - moved)).sum(-1).mean())
+        # rounded weights wait in 16 bits
+        assert joint.kl == pytest.approx(expected, rel=0.03)
