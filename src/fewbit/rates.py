@@ -148,9 +148,9 @@ class Meter:
         found = []
         for stream in streams[1:]:
             stream.picks[name] = stream.config(name)
-            off = [t.to(self.device) for t in self._rounded(name, stream.picks[name])]
+            other = head.changed(self._rounded(name, stream.picks[name]))
             moved = head.normed(stream.hidden[:, middle:].flatten(0, 1).to(self.device))
-            found.append(Joint(stream.picks, head.divergence(exact, moved, off)))
+            found.append(Joint(stream.picks, head.divergence(exact, moved, other)))
         return found
 
     def _share(self, start: float, length: float) -> Report:
@@ -210,7 +210,7 @@ class Meter:
         head = Head(self.source, self.device, self.product)
         states = head.normed(hidden[:PROBES].flatten(0, 1).to(self.device))
 
-        return lambda changes: head.divergence(states, states, [off.to(self.device) for off in changes])
+        return lambda changes: head.divergence(states, states, head.changed(changes))
 
     def _rounded(self, name: str, spec: str) -> list[Tensor]:
         """What rounding to nearest changes, float32 [rows, in], in slices of rows."""

@@ -9,7 +9,7 @@ its activations are the largest there are. So g^2 is measured on a few windows, 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -83,17 +83,24 @@ class Head:
         """What the head multiplies of last hidden states x [T, d]."""
         return RMSNorm(self.norm, self.source.args.rms_norm_eps, WindowOps(len(x)))(x)
 
-    def divergence(self, exact: Tensor, moved: Tensor, changes: list[Tensor]) -> float:
-        """Mean KL in nats between the predictions of normed states `exact` [T, d], and those of `moved` [T, d] by a
-        head that is changed by `changes`, slices of rows.
+    def logits(self, x: Tensor) -> Tensor:
+        """Of normed states x [T, d], float32 [T, vocab]."""
+        return torch.cat([(x.to(part.dtype) @ part.t()).float() for part in self.parts], 1)
+
+    def divergence(self, exact: Tensor, moved: Tensor, other: Callable[[Tensor], Tensor]) -> float:
+        """Mean KL in nats between this head's predictions of normed states `exact` [T, d] and those that the logits
+        `other(moved)` make, a few tokens at a time.
         """
         total = 0.0
         for x, y in zip(exact.split(self.tokens), moved.split(self.tokens), strict=True):
-            p = torch.cat([(x.to(part.dtype) @ part.t()).float() for part in self.parts], 1).log_softmax(1)
-            q = torch.cat([(y.to(part.dtype) @ part.t()).float() for part in self.parts], 1)
-            q = q.add_(torch.cat([y @ off.t() for off in changes], 1)).log_softmax(1)
+            p, q = self.logits(x).log_softmax(1), other(y).log_softmax(1)
             total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
         return max(0.0, total / len(exact))
+
+    def changed(self, changes: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+        """The logits of this head with `changes` added to its rows, given in slices."""
+        placed = [off.to(self.device) for off in changes]
+        return lambda x: self.logits(x).add_(torch.cat([x @ off.t() for off in placed], 1))
 
     def pull(self, x: Tensor, draws: Tensor) -> Tensor:
         """Gradient at last hidden states x [T, d] of -log p(label), for labels drawn from the model's own predictions:
