@@ -38,11 +38,8 @@ class Part:
     name: str
     tensors: tuple[str, ...]
     item: Item
-
-    @property
-    def inside(self) -> bool:
-        """Whether it belongs to a block."""
-        return self.item.name.rpartition(".")[0] not in ("", "model")
+    # whether it belongs to a block
+    inside: bool
 
 
 @dataclass(frozen=True)
@@ -170,7 +167,7 @@ class Meter:
             if spec in wanted:
                 kept[spec] = rounded.to(torch.bfloat16).cpu()
         names = tuple(f"{name}.weight" for name in linear.names)
-        return Part(linear.names[0], names, Item(linear.names[0], tuple(choices))), kept
+        return Part(linear.names[0], names, Item(linear.names[0], tuple(choices)), True), kept
 
     def _nbytes(self, spec: str, names: Sequence[str]) -> int:
         shapes = {w.name.removesuffix(".weight"): w.shape for w in self.source.weights}
@@ -189,7 +186,7 @@ class Meter:
                 changes = self._rounded(name, spec)
                 nbytes = self._nbytes(spec, [name.removesuffix(".weight")])
                 choices.append(Choice(spec, nbytes, sum(cost(changes) for cost in lost)))
-            parts.append(Part(name, (name,), Item(name, tuple(choices))))
+            parts.append(Part(name, (name,), Item(name, tuple(choices)), False))
         return parts
 
     def _entrance(self, windows: Tensor, sensitivity: Sensitivity) -> Callable[[list[Tensor]], float]:
