@@ -1,4 +1,4 @@
-"""Quantize to a size: what bits are worth is measured, bits are chosen, written, and judged beside one format for all."""
+"""Quantize to a size: what bits are worth is measured, bits are chosen, written, and judged beside one format."""
 
 from __future__ import annotations
 
