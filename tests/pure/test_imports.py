@@ -52,10 +52,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "walk": LOW | {"formats", "methods", "checkpoint", "source", "blocks", "calibrated", "scratch", "sensitivity"},
 }
 MAY_IMPORT["walk"] |= {"preflight", "passes"}
+MAY_IMPORT["companions"] = {"checkpoint", "source", "tokenizer"}
+MAY_IMPORT["exports"] = MAY_IMPORT["walk"] | {"walk", "companions", "models", "config_values", "tokenizer", "store"}
 MAY_IMPORT["runtime"] |= {"prepared", "random_models"}
 MAY_IMPORT["self_calibration"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
 MAY_IMPORT["quantizer"] = MAY_IMPORT["walk"] | {"walk", "models", "tokenizer", "store", "calibration"}
-MAY_IMPORT["quantizer"] |= {"self_calibration"}
+MAY_IMPORT["quantizer"] |= {"self_calibration", "companions"}
+MAY_IMPORT["engines"] = {"errors"}
+MAY_IMPORT["verification"] = MAY_IMPORT["runtime"] | {"runtime", "engines"}
 MAY_IMPORT["evaluator"] = MAY_IMPORT["runtime"] | {"runtime", "calibration", "scoring", "reference_cache", "quality"}
 MAY_IMPORT["tasks"] = MAY_IMPORT["runtime"] | {"runtime"}
 MAY_IMPORT["report"] = {"errors", "qtensor", "formats", "models", "source", "evaluator", "quality"}

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fewbit.formats import _ggml_writing
 from fewbit.formats import Affine, Format, Layout, Params, Shape, Tabled, TwoLevel
 from fewbit.qtensor import QTensor
 
@@ -72,6 +73,21 @@ class GgmlFormat(Format):
         levels = codes.float().sub_(self.zero) if self.levels is None else self._table(codes.device)[codes.int()]
         w = levels.reshape(*scale.shape, self.span).mul_(scale.float()[..., None])
         return (w if offset is None else w.add_(offset.float()[..., None])).flatten(1)
+
+    def fit(
+        self, w: Tensor, importance: Tensor | None = None, dtype: torch.dtype = torch.float32, search: bool = True
+    ) -> Params:
+        """Parameters as they are stored, in the type's own dtypes; FewbitError for a type that is only read."""
+        if self.spec not in _ggml_writing.FITS:
+            return super().fit(w, importance, dtype, search)
+        return _ggml_writing.fit(self, w, importance, search)
+
+    def round(self, w: Tensor, params: Params) -> Tensor:
+        return _ggml_writing.nearest_codes(self, w, *self._scales(params))
+
+    def pack(self, codes: Tensor, params: Params) -> QTensor:
+        blocks = _ggml_writing.put_together(self, codes, params)
+        return QTensor(self.spec, tuple(codes.shape), {"blocks": blocks})
 
     def affine(self, q: QTensor) -> Affine | None:
         """None for the types with a table of levels."""
