@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fewbit.checkpoint._safetensors import ShardWriter
-from fewbit.models.llama import Args, weights
+from fewbit.models.llama import args, weights
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
@@ -31,7 +31,7 @@ def write_random(folder: Path) -> int:
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.save(str(folder / "tokenizer.json"))
-    infos = weights(Args.from_config(CONFIG))
+    infos = weights(args(CONFIG))
     table, count = {}, 0
     for i in range(SHARDS):
         members = infos[i::SHARDS]

@@ -1,10 +1,11 @@
 // The product of packed weights and int8 activations, included by each ISA file after its `Isa` and planes.inl.
 //
-// `Isa` computes `lanes` rows at once and provides, for codes below 2^Bits:
+// `Isa` computes `lanes` rows and up to `tokens` tokens at once (8, or 1) and provides, for codes below 2^Bits:
 //   Floats, Sum, Codes<Bits>     vectors of floats, of integer sums, of one quad (4 columns) of codes for each row
 //   codes<Bits>(line)
 //   begin<Bits>(start), dot<Bits>(sum, a, b, x): two quads times 8 activations, finish<Bits>(sum, start)
-// `Packed` is what a code takes in memory: Bits, or 8 where a row block was unpacked for many tokens.
+// `Packed` is what a code takes in memory: Bits, or 8 where a row block was unpacked for many tokens, or what the place
+// in a table takes.
 // Every output sees the same sequence of operations whatever the tile's width, so results do not depend on the batch.
 
 namespace fewbit {
@@ -14,35 +15,109 @@ namespace {
 // but not far enough ahead beside the activations of several tokens.
 constexpr int kAhead = 8192;
 
-// The offsets of `lanes` rows' groups, from number `first` on, whose scales are `scale`.
-inline Isa::Floats offsets(const BlockView &w, int64_t first, Isa::Floats scale) {
+// Where the numbers of group `g` begin, for this part of the rows.
+inline int64_t group_at(const BlockView &w, int64_t row_block, int part, int64_t g) {
+    return (row_block * w.groups + g) * kRows + part * Isa::lanes;
+}
+inline int64_t super_at(const BlockView &w, int64_t row_block, int part, int64_t g) {
+    return (row_block * w.supers + (g >> w.super_shift)) * kRows + part * Isa::lanes;
+}
+
+inline Isa::Floats scales(const BlockView &w, int64_t row_block, int part, int64_t g) {
+    const int64_t at = group_at(w, row_block, part, g);
+    if (w.scale_type <= Scalar::bf16) return Isa::load_scales(w.scales, at, w.scale_type);
+    const Isa::Floats super = Isa::load_scales(w.scale_supers, super_at(w, row_block, part, g), w.super_type);
+    const Isa::Floats step = w.scale_type == Scalar::steps ? Isa::load_bytes(static_cast<const uint8_t *>(w.scales) + at)
+                                                           : Isa::load_signed(static_cast<const int8_t *>(w.scales) + at);
+    return Isa::multiply_add(step, super, Isa::zero());
+}
+
+// The offsets of `lanes` rows' groups, whose scales are `scale`.
+inline Isa::Floats offsets(const BlockView &w, int64_t row_block, int part, int64_t g, Isa::Floats scale) {
+    const int64_t at = group_at(w, row_block, part, g);
     switch (w.offset_type) {
         case Offsets::zeros: {
-            const Isa::Floats zeros = Isa::load_bytes(static_cast<const uint8_t *>(w.offsets) + first);
+            const Isa::Floats zeros = Isa::load_bytes(static_cast<const uint8_t *>(w.offsets) + at);
             return Isa::multiply_add(zeros, Isa::multiply_add(scale, Isa::splat(-1.0f), Isa::zero()), Isa::zero());
         }
-        case Offsets::f16: return Isa::load_scales(w.offsets, first, Scalar::f16);
-        default: return Isa::load_scales(w.offsets, first, Scalar::f32);
+        case Offsets::steps: {
+            const Isa::Floats step = Isa::load_bytes(static_cast<const uint8_t *>(w.offsets) + at);
+            const Isa::Floats super = Isa::load_scales(w.offset_supers, super_at(w, row_block, part, g), Scalar::f16);
+            return Isa::multiply_add(step, Isa::multiply_add(super, Isa::splat(-1.0f), Isa::zero()), Isa::zero());
+        }
+        case Offsets::f16: return Isa::load_scales(w.offsets, at, Scalar::f16);
+        default: return Isa::load_scales(w.offsets, at, Scalar::f32);
     }
 }
 
-template <int Bits, int Packed, int T, int Pair>
-inline void add_pairs(const uint8_t *block, int part, const int8_t *x, typename Isa::Sum (&acc)[T]) {
-    if constexpr (Pair < kQuads / 2) {
-        const auto a = Isa::template codes<Bits>(quad_of<Packed, 2 * Pair>(block, part));
-        const auto b = Isa::template codes<Bits>(quad_of<Packed, 2 * Pair + 1>(block, part));
+// Pairs of quads [Pair, End) of a block times the activations behind `x`.
+template <class K, int T, int Pair, int End>
+inline void add_pairs(const uint8_t *block, int part, const typename Isa::Line &table, const int8_t *x,
+                      typename Isa::Sum (&acc)[T]) {
+    if constexpr (Pair < End) {
+        constexpr int kBits = K::bits;
+        const auto a = Isa::template codes<kBits>(levels_of<K::packed, 2 * Pair, K::tabled>(block, part, table));
+        const auto b = Isa::template codes<kBits>(levels_of<K::packed, 2 * Pair + 1, K::tabled>(block, part, table));
 #pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) acc[t] = Isa::template dot<Bits>(acc[t], a, b, x + t * kColumns + Pair * 8);
-        add_pairs<Bits, Packed, T, Pair + 1>(block, part, x, acc);
+        for (int t = 0; t < T; ++t) acc[t] = Isa::template dot<kBits>(acc[t], a, b, x + t * kColumns + Pair * 8);
+        add_pairs<K, T, Pair + 1, End>(block, part, table, x, acc);
     }
 }
 
-template <int Bits, int Packed, int T>
-void product_rows(const BlockView &w, const TileView &x, int64_t row_block, int part, float (&out)[T][Isa::lanes]) {
-    constexpr int kBytes = Packed * kLine;
+// Half a block times T tokens, as whole numbers: `half` 0 or 1.
+template <class K, int T, int Half>
+inline void half_sums(const uint8_t *block, int part, const typename Isa::Line &table, const int8_t *x,
+                      const int32_t *start, typename Isa::Floats (&sum)[T]) {
+    typename Isa::Sum acc[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) acc[t] = Isa::template begin<K::bits>(start[t]);
+    add_pairs<K, T, Half * kQuads / 4, (Half + 1) * kQuads / 4>(block, part, table, x, acc);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sum[t] = Isa::template finish<K::bits>(acc[t], start[t]);
+}
+
+// Rows whose groups are half blocks.
+template <class K, int T>
+void product_halves(const BlockView &w, const TileView &x, int64_t row_block, int part, float (&out)[T][Isa::lanes]) {
+    constexpr int kBytes = K::packed * kLine;
     using Floats = Isa::Floats;
+    const typename Isa::Line table = Isa::load_table(w.table);
     const uint8_t *codes = w.codes + row_block * w.column_blocks * kBytes;
-    const int64_t first_scale = row_block * w.groups * kRows + part * Isa::lanes;
+    Floats y[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) y[t] = Isa::zero();
+    for (int64_t block = 0; block < w.column_blocks; ++block) {
+        const int8_t *xq = x.codes + block * x.width * kColumns;
+        const int32_t *start = x.start + block * 2 * x.width;
+        for (int i = 0; i < K::packed; ++i) __builtin_prefetch(codes + kAhead + i * kLine, 0, 2);
+        const Floats first = scales(w, row_block, part, 2 * block), second = scales(w, row_block, part, 2 * block + 1);
+        Floats a[T], b[T];
+        half_sums<K, T, 0>(codes, part, table, xq, start, a);
+        half_sums<K, T, 1>(codes, part, table, xq, start + x.width, b);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            const Floats sum = Isa::multiply_add(b[t], second, Isa::multiply_add(a[t], first, Isa::zero()));
+            y[t] = Isa::multiply_add(sum, Isa::splat(x.scale[block * x.width + t]), y[t]);
+        }
+        codes += kBytes;
+        if (!w.offsets) continue;
+        for (int64_t g = 2 * block; g < 2 * block + 2; ++g) {
+            const Floats offset = offsets(w, row_block, part, g, g % 2 ? second : first);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) y[t] = Isa::multiply_add(offset, Isa::splat(x.group_sums[g * x.width + t]), y[t]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) Isa::store(out[t], y[t]);
+}
+
+// Rows whose groups are whole blocks.
+template <class K, int T>
+void product_rows(const BlockView &w, const TileView &x, int64_t row_block, int part, float (&out)[T][Isa::lanes]) {
+    constexpr int kBytes = K::packed * kLine;
+    using Floats = Isa::Floats;
+    const typename Isa::Line table = Isa::load_table(w.table);
+    const uint8_t *codes = w.codes + row_block * w.column_blocks * kBytes;
     const int8_t *xq = x.codes;
     const float *xscale = x.scale;
     const int32_t *start = x.start;
@@ -58,32 +133,39 @@ void product_rows(const BlockView &w, const TileView &x, int64_t row_block, int 
         for (; block < end; ++block) {
             typename Isa::Sum acc[T];
 #pragma GCC unroll 8
-            for (int t = 0; t < T; ++t) acc[t] = Isa::template begin<Bits>(start[t]);
-            for (int i = 0; i < Packed; ++i) __builtin_prefetch(codes + kAhead + i * kLine, 0, 2);
-            add_pairs<Bits, Packed, T, 0>(codes, part, xq, acc);
+            for (int t = 0; t < T; ++t) acc[t] = Isa::template begin<K::bits>(start[t]);
+            for (int i = 0; i < K::packed; ++i) __builtin_prefetch(codes + kAhead + i * kLine, 0, 2);
+            add_pairs<K, T, 0, kQuads / 2>(codes, part, table, xq, acc);
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) {
-                sum[t] = Isa::multiply_add(Isa::template finish<Bits>(acc[t], start[t]), Isa::splat(xscale[t]), sum[t]);
+                sum[t] = Isa::multiply_add(Isa::template finish<K::bits>(acc[t], start[t]), Isa::splat(xscale[t]), sum[t]);
             }
             codes += kBytes;
-            xq += T * kColumns;
-            xscale += T;
-            start += T;
+            xq += x.width * kColumns;
+            xscale += x.width;
+            start += x.width;
         }
-        const Floats scale = Isa::load_scales(w.scales, first_scale + g * kRows, w.scale_type);
+        const Floats scale = scales(w, row_block, part, g);
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) y[t] = Isa::multiply_add(sum[t], scale, y[t]);
         if (w.offsets) {
-            const Floats offset = offsets(w, first_scale + g * kRows, scale);
+            const Floats offset = offsets(w, row_block, part, g, scale);
 #pragma GCC unroll 8
-            for (int t = 0; t < T; ++t) y[t] = Isa::multiply_add(offset, Isa::splat(x.group_sums[g * T + t]), y[t]);
+            for (int t = 0; t < T; ++t) y[t] = Isa::multiply_add(offset, Isa::splat(x.group_sums[g * x.width + t]), y[t]);
         }
     }
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) Isa::store(out[t], y[t]);
 }
 
-template <int Bits, int Packed, int T>
+// What a kernel is made for: what is multiplied is below 2^Bits, a code takes Packed bits in memory.
+template <int Bits, int Packed, bool Tabled = false, bool Halves = false>
+struct Kind {
+    static constexpr int bits = Bits, packed = Packed;
+    static constexpr bool tabled = Tabled, halves = Halves;
+};
+
+template <class K, int T>
 void product_tile(const BlockView &w, const TileView &x, int64_t begin, int64_t end, float *y, int64_t y_stride) {
     for (int64_t row_block = begin; row_block < end; ++row_block) {
         for (int part = 0; part < kRows / Isa::lanes; ++part) {
@@ -92,7 +174,11 @@ void product_tile(const BlockView &w, const TileView &x, int64_t begin, int64_t 
             if (left <= 0) break;
             const int64_t count = left < Isa::lanes ? left : Isa::lanes;
             alignas(64) float out[T][Isa::lanes];
-            product_rows<Bits, Packed, T>(w, x, row_block, part, out);
+            if constexpr (K::halves) {
+                product_halves<K, T>(w, x, row_block, part, out);
+            } else {
+                product_rows<K, T>(w, x, row_block, part, out);
+            }
             for (int t = 0; t < T; ++t) {
                 memcpy(y + t * y_stride + row, out[t], static_cast<size_t>(count) * sizeof(float));
             }
@@ -100,33 +186,74 @@ void product_tile(const BlockView &w, const TileView &x, int64_t begin, int64_t 
     }
 }
 
-template <int Bits, int Packed>
-void product_bits(const BlockView &w, const TileView &x, int64_t begin, int64_t end, float *y, int64_t y_stride) {
+// Token after token.
+template <class K>
+void product_each(const BlockView &w, const TileView &x, int64_t begin, int64_t end, float *y, int64_t y_stride) {
+    for (int t = 0; t < x.width; ++t) {
+        const float *sums = x.group_sums ? x.group_sums + t : nullptr;
+        const TileView one{x.codes + t * kColumns, x.scale + t, x.start + t, sums, x.width};
+        product_tile<K, 1>(w, one, begin, end, y + t * y_stride, y_stride);
+    }
+}
+
+template <class K>
+void product_together(const BlockView &w, const TileView &x, int64_t begin, int64_t end, float *y, int64_t y_stride) {
     switch (x.width) {
-        case 1: return product_tile<Bits, Packed, 1>(w, x, begin, end, y, y_stride);
-        case 2: return product_tile<Bits, Packed, 2>(w, x, begin, end, y, y_stride);
-        case 3: return product_tile<Bits, Packed, 3>(w, x, begin, end, y, y_stride);
-        case 4: return product_tile<Bits, Packed, 4>(w, x, begin, end, y, y_stride);
-        case 5: return product_tile<Bits, Packed, 5>(w, x, begin, end, y, y_stride);
-        case 6: return product_tile<Bits, Packed, 6>(w, x, begin, end, y, y_stride);
-        case 7: return product_tile<Bits, Packed, 7>(w, x, begin, end, y, y_stride);
-        default: return product_tile<Bits, Packed, 8>(w, x, begin, end, y, y_stride);
+        case 1: return product_tile<K, 1>(w, x, begin, end, y, y_stride);
+        case 2: return product_tile<K, 2>(w, x, begin, end, y, y_stride);
+        case 3: return product_tile<K, 3>(w, x, begin, end, y, y_stride);
+        case 4: return product_tile<K, 4>(w, x, begin, end, y, y_stride);
+        case 5: return product_tile<K, 5>(w, x, begin, end, y, y_stride);
+        case 6: return product_tile<K, 6>(w, x, begin, end, y, y_stride);
+        case 7: return product_tile<K, 7>(w, x, begin, end, y, y_stride);
+        default: return product_tile<K, 8>(w, x, begin, end, y, y_stride);
+    }
+}
+
+template <class K>
+void product_kind(const BlockView &w, const TileView &x, int64_t begin, int64_t end, float *y, int64_t y_stride) {
+    if constexpr (Isa::tokens == 1) return product_each<K>(w, x, begin, end, y, y_stride);
+    else return product_together<K>(w, x, begin, end, y, y_stride);
+}
+
+// A byte a code: sums of codes of up to 4 and up to 6 bits have more room than those of bytes.
+template <bool Halves>
+void product_bytes(const BlockView &w, const TileView &x, int64_t begin, int64_t end, float *y, int64_t y_stride) {
+    if (w.code_bits <= 4) return product_kind<Kind<4, 8, false, Halves>>(w, x, begin, end, y, y_stride);
+    if (w.code_bits <= 6) return product_kind<Kind<6, 8, false, Halves>>(w, x, begin, end, y, y_stride);
+    return product_kind<Kind<8, 8, false, Halves>>(w, x, begin, end, y, y_stride);
+}
+
+// Packed codes with a table or of half blocks: single tokens alone, which keeps the number of kernels down.
+void product_single(const BlockView &w, const TileView &x, int64_t begin, int64_t end, float *y, int64_t y_stride) {
+    if (w.tabled && w.halves) {
+        if (w.packed_bits == 3) return product_tile<Kind<8, 3, true, true>, 1>(w, x, begin, end, y, y_stride);
+        return product_tile<Kind<8, 4, true, true>, 1>(w, x, begin, end, y, y_stride);
+    }
+    if (w.tabled) {
+        if (w.packed_bits == 3) return product_tile<Kind<8, 3, true>, 1>(w, x, begin, end, y, y_stride);
+        return product_tile<Kind<8, 4, true>, 1>(w, x, begin, end, y, y_stride);
+    }
+    switch (w.packed_bits) {
+        case 2: return product_tile<Kind<2, 2, false, true>, 1>(w, x, begin, end, y, y_stride);
+        case 3: return product_tile<Kind<3, 3, false, true>, 1>(w, x, begin, end, y, y_stride);
+        case 4: return product_tile<Kind<4, 4, false, true>, 1>(w, x, begin, end, y, y_stride);
+        default: return product_tile<Kind<6, 6, false, true>, 1>(w, x, begin, end, y, y_stride);
     }
 }
 
 void product(const BlockView &w, const TileView &x, int64_t begin, int64_t end, float *y, int64_t y_stride) {
     if (w.packed_bits == 8) {
-        // sums of codes of up to 4 and up to 6 bits have more room than those of bytes
-        if (w.code_bits <= 4) return product_bits<4, 8>(w, x, begin, end, y, y_stride);
-        if (w.code_bits <= 6) return product_bits<6, 8>(w, x, begin, end, y, y_stride);
-        return product_bits<8, 8>(w, x, begin, end, y, y_stride);
+        if (w.halves) return product_bytes<true>(w, x, begin, end, y, y_stride);
+        return product_bytes<false>(w, x, begin, end, y, y_stride);
     }
+    if (w.tabled || w.halves) return product_single(w, x, begin, end, y, y_stride);
     switch (w.packed_bits) {
-        case 2: return product_bits<2, 2>(w, x, begin, end, y, y_stride);
-        case 3: return product_bits<3, 3>(w, x, begin, end, y, y_stride);
-        case 4: return product_bits<4, 4>(w, x, begin, end, y, y_stride);
-        case 5: return product_bits<5, 5>(w, x, begin, end, y, y_stride);
-        default: return product_bits<6, 6>(w, x, begin, end, y, y_stride);
+        case 2: return product_kind<Kind<2, 2>>(w, x, begin, end, y, y_stride);
+        case 3: return product_kind<Kind<3, 3>>(w, x, begin, end, y, y_stride);
+        case 4: return product_kind<Kind<4, 4>>(w, x, begin, end, y, y_stride);
+        case 5: return product_kind<Kind<5, 5>>(w, x, begin, end, y, y_stride);
+        default: return product_kind<Kind<6, 6>>(w, x, begin, end, y, y_stride);
     }
 }
 

@@ -15,6 +15,7 @@ constexpr int32_t kBias8 = 128;
 
 struct Isa {
     static constexpr int lanes = 8;
+    static constexpr int tokens = kTile;
     using Floats = __m256;
     using Sum = __m256i;
     using Line = __m256i;
@@ -37,6 +38,7 @@ struct Isa {
     static Floats load_bytes(const uint8_t *p) {
         return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
     }
+    static Floats load_signed(const int8_t *p) { return load_bytes(p); }
     static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 
     static Line load_line(const uint8_t *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
@@ -57,6 +59,10 @@ struct Isa {
     static Line merged(Line low, Line x) {
         return _mm256_or_si256(low, masked<M>(x));
     }
+    static Line load_table(const uint8_t *p) {
+        return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(p)));
+    }
+    static Line lookup(Line table, Line line) { return _mm256_shuffle_epi8(table, line); }
     template <int Bits>
     static Codes<Bits> codes(Line line) {
         return {line};

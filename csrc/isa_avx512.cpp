@@ -9,6 +9,7 @@ namespace {
 
 struct Isa {
     static constexpr int lanes = 16;
+    static constexpr int tokens = kTile;
     using Floats = __m512;
     using Sum = __m512i;
     using Line = __m512i;
@@ -32,6 +33,7 @@ struct Isa {
     static Floats load_bytes(const uint8_t *p) {
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
     }
+    static Floats load_signed(const int8_t *p) { return load_bytes(p); }
     static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
     static Line load_line(const uint8_t *p) { return _mm512_loadu_si512(p); }
@@ -53,6 +55,10 @@ struct Isa {
     static Line merged(Line low, Line x) {
         return _mm512_ternarylogic_epi32(low, x, _mm512_set1_epi8(M), 0xf8);
     }
+    static Line load_table(const uint8_t *p) {
+        return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i *>(p)));
+    }
+    static Line lookup(Line table, Line line) { return _mm512_shuffle_epi8(table, line); }
     template <int Bits>
     static Codes<Bits> codes(Line line) {
         return {line};

@@ -11,6 +11,7 @@ namespace {
 
 struct Isa {
     static constexpr int lanes = 4;
+    static constexpr int tokens = kTile;
     using Floats = float32x4_t;
     using Sum = int32x4_t;
     using Line = uint8x16_t;
@@ -26,10 +27,11 @@ struct Isa {
         return vreinterpretq_f32_u32(vshll_n_u16(h, 16));
     }
     static Floats load_bytes(const uint8_t *p) {
-        const float found[4] = {static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
-                                static_cast<float>(p[3])};
-        return vld1q_f32(found);
+        uint32_t four;
+        memcpy(&four, p, sizeof four);
+        return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four))))));
     }
+    static Floats load_signed(const int8_t *p) { return load_bytes(p); }
     static Floats multiply_add(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
 
     static Line load_line(const uint8_t *p) { return vld1q_u8(p); }
@@ -50,6 +52,8 @@ struct Isa {
     static Line merged(Line low, Line x) {
         return vorrq_u8(low, masked<M>(x));
     }
+    static Line load_table(const uint8_t *p) { return vld1q_u8(p); }
+    static Line lookup(Line table, Line line) { return vqtbl1q_u8(table, line); }
     template <int Bits>
     static Dot::Codes codes(Line line) {
         return Dot::template codes<Bits>(line);

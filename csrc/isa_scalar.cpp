@@ -7,6 +7,8 @@ namespace {
 
 struct Isa {
     static constexpr int lanes = 16;
+    // one after the other: loops over several take minutes to compile and are no faster
+    static constexpr int tokens = 1;
     struct Floats {
         float v[lanes];
     };
@@ -37,6 +39,11 @@ struct Isa {
         return r;
     }
     static Floats load_bytes(const uint8_t *p) {
+        Floats r;
+        for (int i = 0; i < lanes; ++i) r.v[i] = p[i];
+        return r;
+    }
+    static Floats load_signed(const int8_t *p) {
         Floats r;
         for (int i = 0; i < lanes; ++i) r.v[i] = p[i];
         return r;
@@ -72,6 +79,15 @@ struct Isa {
     static Line merged(Line low, const Line &x) {
         for (int i = 0; i < lanes * 4; ++i) low.v[i] = static_cast<uint8_t>(low.v[i] | (x.v[i] & M));
         return low;
+    }
+    static Line load_table(const uint8_t *p) {
+        Line r{};
+        memcpy(r.v, p, 16);
+        return r;
+    }
+    static Line lookup(const Line &table, Line line) {
+        for (uint8_t &v : line.v) v = table.v[v];
+        return line;
     }
     template <int Bits>
     static const Line &codes(const Line &line) {

@@ -17,10 +17,12 @@ inline constexpr int kTile = 8;
 // Cached rows that one task of the paged attention reads.
 inline constexpr int kChunk = 256;
 
-enum class Scalar : int { f32 = 0, f16 = 1, bf16 = 2 };
+// Scales of two levels are a byte for a group, without or with a sign, times a number for several groups (a "super").
+enum class Scalar : int { f32 = 0, f16 = 1, bf16 = 2, steps = 3, signed_steps = 4 };
 
-// What a group adds to scale * code: nothing, a number of its own, or -scale * zero with a byte for its zero point.
-enum class Offsets : int { none = 0, f32 = 1, f16 = 2, zeros = 3 };
+// What a group adds to scale * code: nothing, a number of its own, -scale * zero with a byte for its zero point, or
+// -(byte * super), with halves for supers.
+enum class Offsets : int { none = 0, f32 = 1, f16 = 2, zeros = 3, steps = 4 };
 
 // What a cached head of a token is: `width` numbers, of int8 with their scale (bf16) behind them.
 enum class CacheType : int { f32 = 0, f16 = 1, int8 = 2 };
@@ -36,25 +38,35 @@ constexpr int64_t head_bytes(CacheType type, int64_t width) {
 //            left: a plane of p bits has p lines, line i holds quads 8i/p .. 8(i+1)/p - 1, the first in the lowest bits
 //   scales   [row_blocks][groups][16]
 //   offsets  [row_blocks][groups][16] of `offset_type`, null where `zero` is a constant
+//   supers   [row_blocks][supers][16], one for scales of two levels and one for their offsets, else null
 struct BlockView {
     const uint8_t *codes;
     const void *scales;
     const void *offsets;
+    const void *scale_supers;
+    const void *offset_supers;
     int64_t rows;
     int64_t columns;
     int64_t column_blocks;
     int64_t groups;
     int64_t blocks_per_group;
-    int code_bits;    // codes are below 2^code_bits
-    int packed_bits;  // what a code takes: code_bits, or 8
+    bool halves;        // a group is half a block, 16 columns; `groups` is even
+    int64_t supers;
+    int super_shift;    // group g belongs to super g >> super_shift
+    Scalar super_type;  // of scales: f32 or f16
+    int code_bits;      // codes, or what the table makes of them, are below 2^code_bits
+    int packed_bits;    // what a code takes: code_bits, or 8; 3 or 4 with a table
     Scalar scale_type;
     Offsets offset_type;
     int32_t zero;
+    bool tabled;        // a code is the place of a level in the table, and the level what is multiplied
+    alignas(16) uint8_t table[16];
 };
 
 // Activations of one tile of up to kTile tokens ("width"), interleaved so that one pointer walks through them:
 //   codes [B][width][32] int8, scale [B][width], start [B][width] (what the integer sum starts from),
 //   group_sums [groups][width]: sum of the rounded activations over each weight group (null without offsets)
+// Where weights' groups are half blocks, `start` is [B][2][width].
 struct TileView {
     const int8_t *codes;
     const float *scale;
@@ -90,7 +102,8 @@ struct KernelTable {
     void (*quantize)(const float *x, int64_t columns, int8_t *codes, float *scale, int32_t *sums, int step);
     // Output rows of row blocks [begin, end) for one tile; y is the tile's first token.
     void (*product)(const BlockView &, const TileView &, int64_t begin, int64_t end, float *y, int64_t y_stride);
-    // The codes of a row block as packed_bits = 8, [column_blocks][8 * 64]: worth it for many tokens.
+    // The codes of a row block, or what the table makes of them, as packed_bits = 8, [column_blocks][8 * 64]: worth it
+    // for many tokens. Packed codes of half blocks or with a table are multiplied by single tokens alone.
     void (*unpack)(const BlockView &, int64_t row_block, uint8_t *out);
     void (*rms_norm)(const float *x, const float *weight, float *y, int64_t n, float eps);
     void (*gated_silu)(const float *gate, const float *up, float *y, int64_t n);

@@ -78,10 +78,13 @@ void bind_layouts(nb::module_ &m, nb::class_<Matrix> &matrix) {
             },
             "buffer"_a, "offset"_a, "count"_a)
         .def("blocks", [](const Matrix &self) {
-            std::vector<std::tuple<int64_t, int64_t, int, int, int32_t, int>> found;
+            std::vector<std::tuple<int64_t, int64_t, int, int, int32_t, int, int64_t, int, std::vector<int>>> found;
             for (const fewbit::Block &b : self.blocks()) {
-                found.emplace_back(b.view.rows, b.span, b.view.packed_bits, static_cast<int>(b.view.scale_type),
-                                   b.view.zero, static_cast<int>(b.view.offset_type));
+                const fewbit::BlockView &v = b.view;
+                std::vector<int> levels;
+                for (int i = 0; v.tabled && i < 1 << v.packed_bits; ++i) levels.push_back(v.table[i] - v.zero);
+                found.emplace_back(v.rows, b.span, v.packed_bits, static_cast<int>(v.scale_type), v.tabled ? 0 : v.zero,
+                                   static_cast<int>(v.offset_type), b.super_span, static_cast<int>(v.super_type), levels);
             }
             return found;
         });
@@ -188,13 +191,14 @@ void bind_layers(nb::module_ &m) {
 NB_MODULE(_cpu, m) {
     nb::class_<Matrix> matrix(m, "Matrix");
     matrix.def(nb::init<int64_t>(), "columns"_a)
-        .def("add_block", &Matrix::add_block, "rows"_a, "span"_a, "code_bits"_a, "scale_type"_a, "zero"_a, "offset_type"_a)
+        .def("add_block", &Matrix::add_block, "rows"_a, "span"_a, "code_bits"_a, "scale_type"_a, "zero"_a, "offset_type"_a,
+             "super_span"_a, "super_type"_a, "levels"_a)
         .def(
             "fill",
-            [](Matrix &self, int64_t block, int64_t first, int64_t count, Address codes, Address scales,
-               Address offsets) {
-                self.fill(block, first, count, at<const uint8_t>(codes), at<const void>(scales),
-                          at<const void>(offsets));
+            [](Matrix &self, int64_t block, int64_t first, int64_t count, Address codes, Address scales, Address offsets,
+               Address scale_supers, Address offset_supers) {
+                self.fill(block, first, count, at<const uint8_t>(codes), at<const void>(scales), at<const void>(offsets),
+                          at<const void>(scale_supers), at<const void>(offset_supers));
             },
             Unlocked())
         .def(

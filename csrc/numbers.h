@@ -61,5 +61,9 @@ inline int64_t offset_bytes(Offsets type) {
     }
 }
 
+inline int64_t scale_bytes(Scalar type) {
+    return type == Scalar::f32 ? 4 : type == Scalar::f16 || type == Scalar::bf16 ? 2 : 1;
+}
+
 }  // namespace
 }  // namespace fewbit

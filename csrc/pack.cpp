@@ -20,8 +20,6 @@ constexpr size_t kHugePage = size_t{2} << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-size_t scalar_bytes(Scalar type) { return type == Scalar::f32 ? 4 : 2; }
-
 // Where a quad's bits lie in a plane of `bits` a code: the row's word of a line, and the shift in it.
 uint8_t *word_of(uint8_t *plane, int bits, int lane, int64_t quad) { return plane + quad * bits / 8 * 64 + lane * 4; }
 int shift_of(int bits, int64_t quad) { return static_cast<int>(quad % (8 / bits)) * bits; }
@@ -52,12 +50,35 @@ void fill_row(const BlockView &w, uint8_t *codes, int64_t row, const uint8_t *fr
     }
 }
 
-float load_offset(const BlockView &w, int64_t at) {
-    if (w.offset_type == Offsets::zeros) {
-        const auto zero = static_cast<float>(static_cast<const uint8_t *>(w.offsets)[at]);
-        return -load_scalar(w.scales, at, w.scale_type) * zero;
+// A row's group: where its numbers lie, and its super's.
+struct Place {
+    int64_t group, super;
+};
+
+Place place_of(const BlockView &w, int64_t row, int64_t column) {
+    const int64_t g = w.halves ? column / (kColumns / 2) : column / kColumns / w.blocks_per_group;
+    const int64_t block = row / kRows, lane = row % kRows;
+    return {(block * w.groups + g) * kRows + lane, (block * w.supers + (g >> w.super_shift)) * kRows + lane};
+}
+
+float load_scale(const BlockView &w, Place at) {
+    if (w.scale_type <= Scalar::bf16) return load_scalar(w.scales, at.group, w.scale_type);
+    const float super = load_scalar(w.scale_supers, at.super, w.super_type);
+    const uint8_t step = static_cast<const uint8_t *>(w.scales)[at.group];
+    if (w.scale_type == Scalar::steps) return super * static_cast<float>(step);
+    return super * static_cast<float>(static_cast<int8_t>(step));
+}
+
+float load_offset(const BlockView &w, Place at) {
+    switch (w.offset_type) {
+        case Offsets::zeros:
+            return -load_scale(w, at) * static_cast<float>(static_cast<const uint8_t *>(w.offsets)[at.group]);
+        case Offsets::steps:
+            return -load_scalar(w.offset_supers, at.super, Scalar::f16) *
+                   static_cast<float>(static_cast<const uint8_t *>(w.offsets)[at.group]);
+        case Offsets::f16: return load_scalar(w.offsets, at.group, Scalar::f16);
+        default: return load_scalar(w.offsets, at.group, Scalar::f32);
     }
-    return load_scalar(w.offsets, at, w.offset_type == Offsets::f16 ? Scalar::f16 : Scalar::f32);
 }
 
 void read_row(const BlockView &w, int64_t row, float *y) {
@@ -65,7 +86,6 @@ void read_row(const BlockView &w, int64_t row, float *y) {
     const int64_t bytes = int64_t{64} * w.packed_bits;
     uint8_t *blocks = const_cast<uint8_t *>(w.codes) + row / kRows * w.column_blocks * bytes;
     const int lane = static_cast<int>(row % kRows);
-    const int64_t first = row / kRows * w.groups * kRows + lane;
     for (int64_t column = 0; column < w.columns; ++column) {
         uint8_t *block = blocks + column / kColumns * bytes;
         const int64_t quad = column % kColumns / 4;
@@ -74,22 +94,67 @@ void read_row(const BlockView &w, int64_t row, float *y) {
         };
         int32_t code = bits_at(block, low);
         if (high) code |= bits_at(block + 64 * low, high) << low;
-        const int64_t at = first + column / kColumns / w.blocks_per_group * kRows;
-        const float value = static_cast<float>(code - w.zero) * load_scalar(w.scales, at, w.scale_type);
+        if (w.tabled) code = w.table[code];
+        const Place at = place_of(w, row, column);
+        const float value = static_cast<float>(code - w.zero) * load_scale(w, at);
         y[column] = w.offsets ? value + load_offset(w, at) : value;
     }
 }
 
-// Codes, scales, offsets: the one place that says in what order.
+// Codes, scales, offsets, supers: the one place that says in what order.
 Parts parts_of(const BlockView &w) {
     const auto row_blocks = static_cast<size_t>(ceil_div(w.rows, kRows));
     const size_t per_group = row_blocks * static_cast<size_t>(w.groups) * kRows;
     const auto lines = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
     Parts parts{};
     parts.scales = parts.codes + lines(row_blocks * static_cast<size_t>(w.column_blocks) * 64 * w.packed_bits);
-    parts.offsets = parts.scales + lines(per_group * scalar_bytes(w.scale_type));
-    parts.end = parts.offsets + lines(per_group * static_cast<size_t>(offset_bytes(w.offset_type)));
+    const size_t per_super = row_blocks * static_cast<size_t>(w.supers) * kRows;
+    parts.offsets = parts.scales + lines(per_group * static_cast<size_t>(scale_bytes(w.scale_type)));
+    parts.scale_supers = parts.offsets + lines(per_group * static_cast<size_t>(offset_bytes(w.offset_type)));
+    parts.offset_supers = parts.scale_supers + lines(per_super * static_cast<size_t>(scale_bytes(w.super_type)));
+    parts.end = parts.offset_supers + lines(w.offset_type == Offsets::steps ? per_super * 2 : 0);
     return parts;
+}
+
+void set_supers(BlockView &view, int64_t span, int64_t super_span, int super_type) {
+    const bool two_levels = view.scale_type > Scalar::bf16;
+    if (!two_levels && (super_span != 0 || super_type != 0 || view.offset_type == Offsets::steps)) {
+        throw std::invalid_argument("supers belong to scales of two levels");
+    }
+    if (!two_levels) return;
+    const int64_t most = int64_t{1} << 20;
+    if (super_type < 0 || super_type > 1 || super_span < span || super_span > most || super_span % span != 0 ||
+        (super_span / span & (super_span / span - 1)) != 0) {
+        throw std::invalid_argument("supers are of type 0 or 1, for a power of two times a span");
+    }
+    view.super_type = static_cast<Scalar>(super_type);
+    while (span << view.super_shift < super_span) ++view.super_shift;
+    view.supers = ceil_div(view.groups, int64_t{1} << view.super_shift);
+}
+
+// Levels become bytes around 128, and are multiplied like codes of 8 bits.
+void set_levels(BlockView &view, const std::vector<int> &levels) {
+    if (levels.empty()) return;
+    const int bits = view.packed_bits;
+    if ((bits != 3 && bits != 4) || levels.size() > size_t{1} << bits || view.zero != 0) {
+        throw std::invalid_argument("a table has at most 8 or 16 levels for codes of 3 or 4 bits, and no zero beside it");
+    }
+    for (size_t i = 0; i < sizeof view.table; ++i) {
+        const int level = i < levels.size() ? levels[i] : 0;
+        if (level < -127 || level > 127) throw std::invalid_argument("levels are -127 to 127");
+        view.table[i] = static_cast<uint8_t>(level + 128);
+    }
+    view.tabled = true;
+    view.zero = 128;
+    view.code_bits = 8;
+}
+
+// A row's numbers to where every 16th is its own.
+void spread(void *all, int64_t first, const void *from, int64_t count, int64_t width) {
+    for (int64_t i = 0; i < count; ++i) {
+        std::memcpy(static_cast<uint8_t *>(all) + (first + i * kRows) * width,
+                    static_cast<const uint8_t *>(from) + i * width, static_cast<size_t>(width));
+    }
 }
 
 }  // namespace
@@ -109,32 +174,39 @@ Buffer::~Buffer() {
     if (data_) ::operator delete(data_, std::align_val_t(size_ >= kHugePage ? kHugePage : 64));
 }
 
-int64_t Matrix::add_block(int64_t rows, int64_t span, int code_bits, int scale_type, int32_t zero, int offset_type) {
+int64_t Matrix::add_block(int64_t rows, int64_t span, int code_bits, int scale_type, int32_t zero, int offset_type,
+                          int64_t super_span, int super_type, const std::vector<int> &levels) {
     if (memory_) throw std::invalid_argument("blocks are told before there is memory for them");
     // a bound, so that no product of these overflows
     constexpr int64_t kMost = int64_t{1} << 31;
     if (rows > kMost || columns_ > kMost || rows_ > kMost) throw std::invalid_argument("the matrix is too large");
-    if (rows <= 0 || columns_ <= 0 || span <= 0 || (span % kColumns != 0 && span < columns_)) {
-        throw std::invalid_argument("a block needs rows and a span that is a multiple of 32 or covers the row");
-    }
-    if (code_bits < 2 || code_bits > 8 || code_bits == 7 || scale_type < 0 || scale_type > 2 || zero < 0 || zero > 255 ||
-        offset_type < 0 || offset_type > 3) {
+    const bool halves = span == kColumns / 2 && span < columns_;
+    if (rows <= 0 || columns_ <= 0 || span <= 0 || (!halves && span % kColumns != 0 && span < columns_) ||
+        (halves && columns_ % kColumns != 0)) {
         throw std::invalid_argument(
-            "codes take 2 to 6 or 8 bits, scale types are 0 to 2, zero is 0 to 255, offset types are 0 to 3");
+            "a block needs rows and a span that is a multiple of 32 or covers the row, or 16 in rows of whole blocks");
+    }
+    if (code_bits < 2 || code_bits > 8 || code_bits == 7 || (halves && code_bits == 5) || scale_type < 0 ||
+        scale_type > 4 || zero < 0 || zero > 255 || offset_type < 0 || offset_type > 4) {
+        throw std::invalid_argument(
+            "codes take 2 to 6 or 8 bits, scale types are 0 to 4, zero is 0 to 255, offset types are 0 to 4");
     }
     BlockView view{};
     view.rows = rows;
     view.columns = columns_;
     view.column_blocks = ceil_div(columns_, kColumns);
-    view.blocks_per_group = span >= columns_ ? view.column_blocks : span / kColumns;
-    view.groups = ceil_div(view.column_blocks, view.blocks_per_group);
+    view.halves = halves;
+    view.blocks_per_group = halves ? 1 : span >= columns_ ? view.column_blocks : span / kColumns;
+    view.groups = halves ? 2 * view.column_blocks : ceil_div(view.column_blocks, view.blocks_per_group);
     view.code_bits = view.packed_bits = code_bits;
     view.scale_type = static_cast<Scalar>(scale_type);
     view.offset_type = static_cast<Offsets>(offset_type);
     view.zero = zero;
+    set_supers(view, std::min(span, columns_), super_span, super_type);
+    set_levels(view, levels);
     const Parts parts = parts_of(view);
     if (bytes_ > size_t{1} << 48 || parts.end > size_t{1} << 48) throw std::invalid_argument("the matrix is too large");
-    blocks_.push_back({view, rows_, std::min(span, columns_), parts});
+    blocks_.push_back({view, rows_, std::min(span, columns_), super_span, parts});
     rows_ += rows;
     bytes_ += parts.end;
     return static_cast<int64_t>(blocks_.size()) - 1;
@@ -158,6 +230,8 @@ void Matrix::place(uint8_t *memory, size_t bytes, bool writable, std::shared_ptr
         block.view.codes = memory + block.parts.codes;
         block.view.scales = memory + block.parts.scales;
         if (block.view.offset_type != Offsets::none) block.view.offsets = memory + block.parts.offsets;
+        if (block.view.supers != 0) block.view.scale_supers = memory + block.parts.scale_supers;
+        if (block.view.offset_type == Offsets::steps) block.view.offset_supers = memory + block.parts.offset_supers;
         memory += block.parts.end;
     }
 }
@@ -167,31 +241,34 @@ void Matrix::expect_memory() const {
 }
 
 void Matrix::fill(int64_t index, int64_t first, int64_t count, const uint8_t *codes, const void *scales,
-                  const void *offsets) {
+                  const void *offsets, const void *scale_supers, const void *offset_supers) {
     if (index < 0 || index >= static_cast<int64_t>(blocks_.size())) throw std::invalid_argument("no such block");
     if (!writable_) throw std::invalid_argument("the matrix has no memory to fill");
     const BlockView &w = blocks_[static_cast<size_t>(index)].view;
-    auto *all_codes = const_cast<uint8_t *>(w.codes);
-    auto *all_scales = static_cast<uint8_t *>(const_cast<void *>(w.scales));
-    auto *all_offsets = static_cast<uint8_t *>(const_cast<void *>(w.offsets));
     if (first < 0 || count < 0 || first > w.rows - count) throw std::invalid_argument("rows lie outside the block");
     if ((offsets != nullptr) != (w.offsets != nullptr)) throw std::invalid_argument("offsets do not fit the block");
-    const size_t width = scalar_bytes(w.scale_type), offset_width = static_cast<size_t>(offset_bytes(w.offset_type));
+    if ((scale_supers != nullptr) != (w.scale_supers != nullptr) ||
+        (offset_supers != nullptr) != (w.offset_supers != nullptr)) {
+        throw std::invalid_argument("supers do not fit the block");
+    }
+    const struct {
+        const void *to, *from;
+        int64_t count, width;
+    } parts[] = {{w.scales, scales, w.groups, scale_bytes(w.scale_type)},
+                 {w.offsets, offsets, w.groups, offset_bytes(w.offset_type)},
+                 {w.scale_supers, scale_supers, w.supers, scale_bytes(w.super_type)},
+                 {w.offset_supers, offset_supers, w.supers, 2}};
     constexpr int64_t kStep = 16;
     // rows share no byte, so any split among threads is safe
     parallel_for(ceil_div(count, kStep), [&](int64_t task) {
         for (int64_t i = task * kStep; i < std::min(count, (task + 1) * kStep); ++i) {
             const int64_t row = first + i;
-            fill_row(w, all_codes, row, codes + i * w.columns);
-            const int64_t at = row / kRows * w.groups * kRows + row % kRows;
-            for (int64_t g = 0; g < w.groups; ++g) {
-                const size_t from = static_cast<size_t>(i * w.groups + g);
-                const size_t to = static_cast<size_t>(at + g * kRows);
-                const uint8_t *scale = static_cast<const uint8_t *>(scales) + from * width;
-                std::memcpy(all_scales + to * width, scale, width);
-                if (!offsets) continue;
-                const uint8_t *offset = static_cast<const uint8_t *>(offsets) + from * offset_width;
-                std::memcpy(all_offsets + to * offset_width, offset, offset_width);
+            fill_row(w, const_cast<uint8_t *>(w.codes), row, codes + i * w.columns);
+            for (const auto &part : parts) {
+                if (!part.from) continue;
+                const int64_t at = row / kRows * part.count * kRows + row % kRows;
+                const auto *from = static_cast<const uint8_t *>(part.from) + i * part.count * part.width;
+                spread(const_cast<void *>(part.to), at, from, part.count, part.width);
             }
         }
     });

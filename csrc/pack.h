@@ -28,18 +28,18 @@ class Buffer {
 
 // Where the parts of a block lie in its memory, in bytes; each begins on a cache line's border.
 struct Parts {
-    size_t codes, scales, offsets;
+    size_t codes, scales, offsets, scale_supers, offset_supers;
     size_t end;
 };
 
 // Counted up when what lies in a block's memory changes: layouts that were kept are then made anew.
-inline constexpr int kLayout = 2;
+inline constexpr int kLayout = 3;
 
 // Rows that agree in everything a BlockView says.
 struct Block {
     BlockView view;
     int64_t first_row;
-    int64_t span;
+    int64_t span, super_span;
     Parts parts;
 };
 
@@ -51,8 +51,11 @@ class Matrix {
     Matrix(const Matrix &) = delete;
     Matrix &operator=(const Matrix &) = delete;
 
-    // `rows` more rows; returns the block's index. `span` is a multiple of 32 or at least `columns`.
-    int64_t add_block(int64_t rows, int64_t span, int code_bits, int scale_type, int32_t zero, int offset_type);
+    // `rows` more rows; returns the block's index. `span` is a multiple of 32 or at least `columns`, or 16 where
+    // `columns` are whole blocks. Scales of two levels have a super of `super_type` for each `super_span` columns, of
+    // which there are a power of two in a span. With `levels`, from -127 to 127, codes are places in that list.
+    int64_t add_block(int64_t rows, int64_t span, int code_bits, int scale_type, int32_t zero, int offset_type,
+                      int64_t super_span = 0, int super_type = 0, const std::vector<int> &levels = {});
 
     // Zeroed memory of its own.
     void allocate();
@@ -62,9 +65,9 @@ class Matrix {
     void place(uint8_t *memory, size_t bytes, bool writable, std::shared_ptr<const void> owner);
 
     // Fill rows [first, first + count) of a block from codes [count][columns] uint8, scales [count][groups] of the
-    // block's type and offsets [count][groups] of the block's type (null without).
+    // block's type, offsets [count][groups] of the block's type and supers [count][supers] of both (null without).
     void fill(int64_t block, int64_t first, int64_t count, const uint8_t *codes, const void *scales,
-              const void *offsets);
+              const void *offsets, const void *scale_supers = nullptr, const void *offset_supers = nullptr);
 
     // Dequantized rows `ids` [count] to y [count][columns]. False, with nothing written, where an id is out of range.
     bool rows(const int64_t *ids, int64_t count, float *y) const;

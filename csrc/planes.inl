@@ -2,6 +2,7 @@
 //   Line                         the bytes of one quad (4 columns) of `lanes` rows
 //   load_line(p), store_line(p, line), left<N>(line), right<N>(line): shifts by N bits that may leak between bytes
 //   masked<M>(line)              line & M in every byte;  merged<M>(low, line)  low | (line & M)
+//   load_table(p), lookup(table, line)   each byte of line, below 16, as the table has it
 
 namespace fewbit {
 namespace {
@@ -40,25 +41,34 @@ inline Isa::Line quad_of(const uint8_t *block, int part) {
     }
 }
 
-template <int Packed, int Q>
-inline void unpack_quads(const uint8_t *block, int part, uint8_t *out) {
+// What is multiplied: the codes of a quad, or their levels.
+template <int Packed, int Q, bool Tabled>
+inline Isa::Line levels_of(const uint8_t *block, int part, const typename Isa::Line &table) {
+    if constexpr (Tabled) return Isa::lookup(table, quad_of<Packed, Q>(block, part));
+    return quad_of<Packed, Q>(block, part);
+}
+
+template <int Packed, int Q, bool Tabled>
+inline void unpack_quads(const uint8_t *block, int part, const typename Isa::Line &table, uint8_t *out) {
     if constexpr (Q < kQuads) {
-        Isa::store_line(out + Q * kLine + part * kPart, quad_of<Packed, Q>(block, part));
-        unpack_quads<Packed, Q + 1>(block, part, out);
+        Isa::store_line(out + Q * kLine + part * kPart, levels_of<Packed, Q, Tabled>(block, part, table));
+        unpack_quads<Packed, Q + 1, Tabled>(block, part, table, out);
     }
 }
 
-template <int Packed>
+template <int Packed, bool Tabled = false>
 void unpack_bits(const BlockView &w, int64_t row_block, uint8_t *out) {
     const uint8_t *block = w.codes + row_block * w.column_blocks * Packed * kLine;
+    const typename Isa::Line table = Isa::load_table(w.table);
     for (int64_t b = 0; b < w.column_blocks; ++b) {
-        for (int part = 0; part < kRows / Isa::lanes; ++part) unpack_quads<Packed, 0>(block, part, out);
+        for (int part = 0; part < kRows / Isa::lanes; ++part) unpack_quads<Packed, 0, Tabled>(block, part, table, out);
         block += Packed * kLine;
         out += kQuads * kLine;
     }
 }
 
 void unpack(const BlockView &w, int64_t row_block, uint8_t *out) {
+    if (w.tabled) return w.packed_bits == 3 ? unpack_bits<3, true>(w, row_block, out) : unpack_bits<4, true>(w, row_block, out);
     switch (w.packed_bits) {
         case 2: return unpack_bits<2>(w, row_block, out);
         case 3: return unpack_bits<3>(w, row_block, out);

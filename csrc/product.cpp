@@ -30,7 +30,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Scratch {
     std::vector<int8_t> codes;
     std::vector<float> scale, group_sums;
-    std::vector<int32_t> sums, start;
+    std::vector<int32_t> sums, half_sums, start;
 };
 
 template <class T>
@@ -71,18 +71,46 @@ Activations quantize_tokens(const KernelTable &k, Scratch &scratch, const float 
     return a;
 }
 
-// What each integer sum starts from: codes stand for code - zero, and a kernel may multiply by code - bias.
-const int32_t *starts(const KernelTable &k, Scratch &scratch, const Activations &a, const BlockView &w) {
+// Sums of the activations of half blocks, tile after tile [B][2][width].
+const int32_t *half_sums(Scratch &scratch, const Activations &a) {
+    int32_t *out = room(scratch.half_sums, a.tokens * a.blocks * 2);
+    for (int64_t tile = 0; tile < a.tiles(); ++tile) {
+        const int64_t width = a.width(tile), from = tile * kTile * a.blocks;
+        for (int64_t i = 0; i < a.blocks * width; ++i) {
+            const int8_t *x = a.codes + (from + i) * kColumns;
+            int32_t sum = 0;
+            for (int c = 0; c < kColumns / 2; ++c) sum += x[c];
+            int32_t *to = out + 2 * from + i / width * 2 * width + i % width;
+            to[0] = sum;
+            to[width] = a.sums[from + i] - sum;
+        }
+    }
+    return out;
+}
+
+// What each integer sum starts from: codes stand for code - zero, and a kernel may multiply by code - bias. `sums` are
+// those of blocks or of half blocks.
+const int32_t *starts(const KernelTable &k, Scratch &scratch, int64_t count, const int32_t *sums, const BlockView &w) {
     const int32_t shift = (w.code_bits == 8 ? k.bias8 : 0) - w.zero;
-    int32_t *start = room(scratch.start, a.tokens * a.blocks);
-    for (int64_t i = 0; i < a.tokens * a.blocks; ++i) start[i] = shift * a.sums[i];
+    int32_t *start = room(scratch.start, count);
+    for (int64_t i = 0; i < count; ++i) start[i] = shift * sums[i];
     return start;
 }
 
 // Sums of the rounded activations over each weight group, [tiles][groups][width].
-const float *group_sums(Scratch &scratch, const Activations &a, const BlockView &w) {
+const float *group_sums(Scratch &scratch, const Activations &a, const int32_t *halves, const BlockView &w) {
     if (!w.offsets) return nullptr;
     float *out = room(scratch.group_sums, a.tokens * w.groups);
+    if (w.halves) {
+        for (int64_t tile = 0; tile < a.tiles(); ++tile) {
+            const int64_t width = a.width(tile), from = tile * kTile * a.blocks;
+            for (int64_t i = 0; i < a.blocks * 2 * width; ++i) {
+                const float scale = a.scale[from + i / (2 * width) * width + i % width];
+                out[2 * from + i] = scale * static_cast<float>(halves[2 * from + i]);
+            }
+        }
+        return out;
+    }
     for (int64_t tile = 0; tile < a.tiles(); ++tile) {
         const int width = a.width(tile);
         const int64_t from = tile * kTile * a.blocks;
@@ -112,13 +140,14 @@ struct RowBlocks {
 
     TileView tile(int64_t i) const {
         const int64_t at = i * kTile * a.blocks;
-        return {a.codes + at * kColumns, a.scale + at, start + at, sums ? sums + i * kTile * w.groups : nullptr,
+        return {a.codes + at * kColumns, a.scale + at, start + (w.halves ? 2 * at : at), sums ? sums + i * kTile * w.groups : nullptr,
                 a.width(i)};
     }
 
     void multiply(int64_t first_row, int64_t last_row, int64_t first_tile, int64_t last_tile) const {
-        if (last_tile - first_tile == 1) return product(w, first_row, last_row, first_tile, last_tile, y);
-        const bool unpacks = w.packed_bits < 8 && last_tile - first_tile >= kUnpackTiles;
+        const bool must = (w.tabled || w.halves) && a.tokens > 1;
+        if (last_tile - first_tile == 1 && !must) return product(w, first_row, last_row, first_tile, last_tile, y);
+        const bool unpacks = w.packed_bits < 8 && (must || last_tile - first_tile >= kUnpackTiles);
         for (int64_t row = first_row; row < last_row; ++row) {
             if (!unpacks) {
                 product(w, row, row + 1, first_tile, last_tile, y);
@@ -156,17 +185,24 @@ struct RowBlocks {
         BlockView v = w;
         v.codes = codes.data();
         v.packed_bits = 8;
+        v.tabled = false;
         v.rows = std::min<int64_t>(kRows, w.rows - row * kRows);
-        const int64_t scales = row * w.groups * kRows;
-        v.scales = static_cast<const uint8_t *>(w.scales) + scales * (w.scale_type == Scalar::f32 ? 4 : 2);
-        if (w.offsets) v.offsets = static_cast<const uint8_t *>(w.offsets) + scales * offset_bytes(w.offset_type);
+        const auto behind = [&](const void *all, int64_t count, int64_t width) -> const void * {
+            return all ? static_cast<const uint8_t *>(all) + row * count * kRows * width : nullptr;
+        };
+        v.scales = behind(w.scales, w.groups, scale_bytes(w.scale_type));
+        v.offsets = behind(w.offsets, w.groups, offset_bytes(w.offset_type));
+        v.scale_supers = behind(w.scale_supers, w.supers, scale_bytes(w.super_type));
+        v.offset_supers = behind(w.offset_supers, w.supers, 2);
         return v;
     }
 };
 
 void multiply_block(const KernelTable &k, Scratch &scratch, const Activations &a, const BlockView &w, float *y,
                     int64_t y_stride) {
-    const RowBlocks work{k, w, a, starts(k, scratch, a, w), group_sums(scratch, a, w), y, y_stride};
+    const int32_t *halves = w.halves ? half_sums(scratch, a) : nullptr;
+    const int32_t *start = starts(k, scratch, a.tokens * a.blocks * (halves ? 2 : 1), halves ? halves : a.sums, w);
+    const RowBlocks work{k, w, a, start, group_sums(scratch, a, halves, w), y, y_stride};
     const int64_t row_blocks = ceil_div(w.rows, kRows);
     const int64_t tile_bytes = kTile * a.blocks * kColumns;
     const int64_t most_tiles = std::clamp<int64_t>(kTaskBytes / tile_bytes, 1, a.tiles());

@@ -59,7 +59,7 @@ def random_weights(
     module = find_model(config["model_type"])
     random = torch.Generator().manual_seed(seed)
     found = {}
-    for w in module.weights(module.Args.from_config(config)):
+    for w in module.weights(module.args(config)):
         noise = torch.randn(w.shape, generator=random)
         scale = 0.2 if w.role == "embedding" else w.shape[-1] ** -0.5
         found[w.name] = (1 + 0.1 * noise if w.role == "norm" else noise * scale).to(dtype)

@@ -81,6 +81,7 @@ inline bool same_bits(const float *a, const float *b, int64_t count) {
 
 // Each returns what it covered, in words. They run on the instruction set in use, and on each `every`th random shape.
 std::string test_products(int every);
+std::string test_ggml_products(int every);
 std::string test_extremes(int every);
 std::string test_long_rows(int every);
 std::string test_ops(int every);

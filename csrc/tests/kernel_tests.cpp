@@ -53,7 +53,8 @@ void run_all(const std::string &name, const Options &options) {
     const struct {
         const char *name;
         std::string (*run)(int every);
-    } tests[] = {{"products", test::test_products}, {"extremes", test::test_extremes},
+    } tests[] = {{"products", test::test_products}, {"ggml products", test::test_ggml_products},
+                 {"extremes", test::test_extremes},
                  {"long rows", test::test_long_rows}, {"ops", test::test_ops},
                  {"attention", test::test_attention}, {"layers", test::test_layers},
                  {"mapped", test::test_mapped}, {"checksum", test::test_checksum},

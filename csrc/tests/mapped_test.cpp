@@ -24,7 +24,7 @@ size_t bytes_of(const fewbit::Matrix &m) { return static_cast<size_t>(m.nbytes()
 const uint8_t *memory_of(const fewbit::Matrix &m) { return m.blocks().front().view.codes; }
 
 void tell_blocks(fewbit::Matrix &m, const MatrixSpec &spec) {
-    for (const BlockSpec &b : spec.blocks) m.add_block(b.rows, b.span, b.bits, b.scale_type, b.zero, b.offset_type);
+    for (const BlockSpec &b : spec.blocks) add_block(m, b);
 }
 
 MatrixSpec random_spec(int i, Random &random) {

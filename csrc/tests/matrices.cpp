@@ -35,51 +35,87 @@ Scales random_scales(int type, int64_t count, Random &random) {
     return s;
 }
 
-// Offsets of a block: as stored, and their values.
-struct Offsets {
-    std::vector<uint8_t> bytes;
+// What is left of two numbers for each group: as stored, and their product, which float32 holds exactly.
+struct TwoLevel {
+    std::vector<uint8_t> steps;
+    Scales supers;
     std::vector<float> values;
-    int64_t width;
 };
 
-Offsets random_offsets(int type, const Scales &scales, Random &random) {
-    const auto count = static_cast<int64_t>(scales.values.size());
-    if (type == 1 || type == 2) {
-        const Scales s = random_scales(type - 1, count, random);
-        return {s.bytes, s.values, type == 1 ? 4 : 2};
-    }
-    Offsets found{{}, std::vector<float>(scales.values.size()), 1};
-    if (type == 0) return found;
-    for (size_t i = 0; i < scales.values.size(); ++i) {
-        found.bytes.push_back(static_cast<uint8_t>(random.whole(0, 255)));
-        found.values[i] = -(scales.values[i] * static_cast<float>(found.bytes[i]));
+TwoLevel random_two_level(const BlockSpec &b, int type, bool with_sign, int64_t groups, Random &random) {
+    const int64_t per = b.super_span / b.span, supers = (groups + per - 1) / per;
+    TwoLevel found{{}, random_scales(type, b.rows * supers, random), {}};
+    for (int64_t i = 0; i < b.rows * groups; ++i) {
+        const auto step = static_cast<int>(with_sign ? random.whole(-128, 127) : random.whole(0, 255));
+        found.steps.push_back(static_cast<uint8_t>(step));
+        const size_t super = static_cast<size_t>(i / groups * supers + i % groups / per);
+        found.values.push_back(found.supers.values[super] * static_cast<float>(step));
     }
     return found;
 }
 
+// All numbers of a block beside its codes.
+struct Numbers {
+    std::vector<uint8_t> scales, offsets, scale_supers, offset_supers;
+    std::vector<float> scale, offset;
+};
+
+Numbers random_numbers(const BlockSpec &b, int64_t groups, Random &random) {
+    Numbers n;
+    if (b.scale_type >= 3) {
+        const TwoLevel two = random_two_level(b, b.super_type, b.scale_type == 4, groups, random);
+        n.scales = two.steps;
+        n.scale_supers = two.supers.bytes;
+        n.scale = two.values;
+    } else {
+        const Scales s = random_scales(b.scale_type, b.rows * groups, random);
+        n.scales = s.bytes;
+        n.scale = s.values;
+    }
+    n.offset.resize(n.scale.size());
+    if (b.offset_type == 1 || b.offset_type == 2) {
+        const Scales s = random_scales(b.offset_type - 1, b.rows * groups, random);
+        n.offsets = s.bytes;
+        n.offset = s.values;
+    } else if (b.offset_type == 3) {
+        for (size_t i = 0; i < n.scale.size(); ++i) {
+            n.offsets.push_back(static_cast<uint8_t>(random.whole(0, 255)));
+            n.offset[i] = -(n.scale[i] * static_cast<float>(n.offsets[i]));
+        }
+    } else if (b.offset_type == 4) {
+        const TwoLevel two = random_two_level(b, 1, false, groups, random);
+        n.offsets = two.steps;
+        n.offset_supers = two.supers.bytes;
+        for (size_t i = 0; i < n.scale.size(); ++i) n.offset[i] = -two.values[i];
+    }
+    return n;
+}
+
 void fill_block(Made &made, int64_t index, const BlockSpec &b, Random &random) {
     const int64_t columns = made.spec.columns, span = std::min(b.span, columns), groups = (columns + span - 1) / span;
-    const int64_t top = (int64_t{1} << b.bits) - 1;
+    const auto places = static_cast<int64_t>(b.levels.size());
+    const int64_t top = places ? places - 1 : (int64_t{1} << b.bits) - 1;
     std::vector<uint8_t> codes(static_cast<size_t>(b.rows * columns));
     for (uint8_t &c : codes) {
         c = static_cast<uint8_t>(made.spec.extremes ? random.whole(0, 3) ? top : 0 : random.whole(0, top));
     }
-    const Scales scales = random_scales(b.scale_type, b.rows * groups, random);
-    const Offsets offsets = random_offsets(b.offset_type, scales, random);
+    const Numbers n = random_numbers(b, groups, random);
     // in two pieces, as a reader of slices does
     const int64_t cut = random.whole(0, b.rows);
     for (const auto &[first, count] : {std::pair{int64_t{0}, cut}, std::pair{cut, b.rows - cut}}) {
-        const int64_t scale_bytes = b.scale_type == 0 ? 4 : 2;
-        made.matrix->fill(index, first, count, codes.data() + first * columns,
-                          scales.bytes.data() + first * groups * scale_bytes,
-                          b.offset_type ? offsets.bytes.data() + first * groups * offsets.width : nullptr);
+        const auto from = [&](const std::vector<uint8_t> &all) {
+            return all.empty() ? nullptr : all.data() + all.size() / static_cast<size_t>(b.rows) * static_cast<size_t>(first);
+        };
+        made.matrix->fill(index, first, count, codes.data() + first * columns, from(n.scales), from(n.offsets),
+                          from(n.scale_supers), from(n.offset_supers));
     }
     for (int64_t row = 0; row < b.rows; ++row) {
         for (int64_t column = 0; column < columns; ++column) {
             const size_t at = static_cast<size_t>(row * groups + column / span);
-            made.level.push_back(codes[static_cast<size_t>(row * columns + column)] - b.zero);
-            made.scale.push_back(scales.values[at]);
-            made.offset.push_back(offsets.values[at]);
+            const uint8_t code = codes[static_cast<size_t>(row * columns + column)];
+            made.level.push_back(places ? b.levels[code] : code - b.zero);
+            made.scale.push_back(n.scale[at]);
+            made.offset.push_back(n.offset[at]);
         }
     }
     made.rows += b.rows;
@@ -108,11 +144,13 @@ std::vector<double> rounded(const std::vector<float> &x, int64_t tokens, int64_t
 
 }  // namespace
 
+void add_block(fewbit::Matrix &matrix, const BlockSpec &b) {
+    matrix.add_block(b.rows, b.span, b.bits, b.scale_type, b.zero, b.offset_type, b.super_span, b.super_type, b.levels);
+}
+
 Made make_matrix(const MatrixSpec &spec, Random &random, const std::function<void(fewbit::Matrix &)> &place) {
     Made made{spec, std::make_unique<fewbit::Matrix>(spec.columns), {}, {}, {}};
-    for (const BlockSpec &b : spec.blocks) {
-        made.matrix->add_block(b.rows, b.span, b.bits, b.scale_type, b.zero, b.offset_type);
-    }
+    for (const BlockSpec &b : spec.blocks) add_block(*made.matrix, b);
     place(*made.matrix);
     for (size_t i = 0; i < spec.blocks.size(); ++i) {
         fill_block(made, static_cast<int64_t>(i), spec.blocks[i], random);

@@ -16,7 +16,13 @@ struct BlockSpec {
     int bits, scale_type;
     int32_t zero;
     int offset_type;
+    // scales of two levels (types 3 and 4), and a table
+    int64_t super_span = 0;
+    int super_type = 0;
+    std::vector<int> levels = {};
 };
+
+void add_block(fewbit::Matrix &matrix, const BlockSpec &b);
 
 // Extremes: codes are 0 or the largest, so that a sum which can overflow does.
 struct MatrixSpec {
@@ -27,8 +33,9 @@ struct MatrixSpec {
     std::string words() const {
         std::string text = say("%lld columns", static_cast<long long>(columns));
         for (const BlockSpec &b : blocks) {
-            text += say(", [%lld rows, span %lld, %d bits, scales %d, zero %d, offsets %d]", static_cast<long long>(b.rows),
-                        static_cast<long long>(b.span), b.bits, b.scale_type, b.zero, b.offset_type);
+            text += say(", [%lld rows, span %lld, %d bits, scales %d, zero %d, offsets %d, supers %d for %lld, %zu levels]",
+                        static_cast<long long>(b.rows), static_cast<long long>(b.span), b.bits, b.scale_type, b.zero,
+                        b.offset_type, b.super_type, static_cast<long long>(b.super_span), b.levels.size());
         }
         return text;
     }

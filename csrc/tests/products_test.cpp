@@ -94,6 +94,25 @@ BlockSpec random_block(int64_t columns, int64_t rows, int bits, Random &random) 
             static_cast<int>(random.one_of<int64_t>({0, 0, 0, 1, 2, 3}))};
 }
 
+// What else blocks of ggml have: groups of 16, scales of two levels, tables.
+BlockSpec random_ggml_block(int64_t columns, int64_t rows, int bits, Random &random) {
+    BlockSpec b = random_block(columns, rows, bits, random);
+    b.span = random.one_of<int64_t>(columns % 32 == 0 && bits != 5 ? std::vector<int64_t>{16, 16, 32} : std::vector<int64_t>{32, 64});
+    if (random.whole(0, 2)) {
+        b.scale_type = static_cast<int>(random.whole(3, 4));
+        b.super_type = static_cast<int>(random.whole(0, 1));
+        b.super_span = b.span << random.whole(0, 4);
+        b.offset_type = static_cast<int>(random.one_of<int64_t>({0, 2, 3, 4, 4}));
+    }
+    if ((bits == 3 || bits == 4) && random.whole(0, 1)) {
+        b.zero = 0;
+        for (int64_t i = random.whole(2, int64_t{1} << bits); i > 0; --i) b.levels.push_back(static_cast<int>(random.whole(-127, 127)));
+    }
+    // a span longer than the row is the row
+    b.span = std::min(b.span, columns);
+    return b;
+}
+
 }  // namespace
 
 // All widths at every number of columns up to 100 and every number of rows up to 70, everything else at random.
@@ -117,6 +136,27 @@ std::string test_products(int every) {
                 }
             }
             check_matrix(spec, random.values(kMostTokens * c), random, covered);
+        }
+    }
+    return say("%lld shapes, %lld products", static_cast<long long>(covered.shapes),
+               static_cast<long long>(covered.products));
+}
+
+std::string test_ggml_products(int every) {
+    Random random(4);
+    Covered covered;
+    int64_t at = 0;
+    for (const int64_t c : {32, 64, 96, 160, 256, 320, 512, 700, 768}) {
+        for (int bits : kWidths) {
+            for (int again = 0; again < 4; ++again) {
+                if (at++ % every != 0) continue;
+                MatrixSpec spec{c, {random_ggml_block(c, random.whole(1, 70), bits, random)}, random.whole(0, 4) == 0};
+                if (random.whole(0, 2) == 0) {
+                    const int other = kWidths[random.whole(0, static_cast<int64_t>(std::size(kWidths)) - 1)];
+                    spec.blocks.push_back(random_ggml_block(c, random.whole(1, 33), other, random));
+                }
+                check_matrix(spec, random.values(kMostTokens * c), random, covered);
+            }
         }
     }
     return say("%lld shapes, %lld products", static_cast<long long>(covered.shapes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewbit.formats import parse
-from fewbit.kernels.ops import Batch, Ops, rotate
+from fewbit.kernels.ops import Batch, Experts, Ops, attention, rotate, visible
 from fewbit.layers import Weights
 from fewbit.qtensor import QTensor
 from fewbit.source import Source
@@ -23,14 +24,22 @@ Reader = Callable[[str], QTensor]
 # cards from here on multiply bfloat16
 BF16_CAPABILITY = (8, 0)
 CPUINFO = Path("/proc/cpuinfo")
+_NUMBER = re.compile(r"\.experts\.\d+\.")
 
 
 class WindowOps(Ops):
-    """Attention among the tokens of equal windows that know nothing of each other; no cache, differentiable."""
+    """Attention among the tokens of equal windows that know nothing of each other; no cache, differentiable.
+
+    tokens  which tokens of the step the products are given that run now; None: all
+    """
 
     def __init__(self, length: int) -> None:
         self.length = length
         self._keys = self._values = torch.empty(0)
+        self.tokens: Tensor | None = None
+        # the experts that tokens took, and whether the next ones take the same
+        self._chosen: Tensor | None = None
+        self._follows = False
 
     def rotate_append(
         self,
@@ -47,12 +56,46 @@ class WindowOps(Ops):
         self._keys, self._values = rotate(k, cos, sin), v
         return rotate(q, cos, sin)
 
-    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: Batch,
+        scale: float,
+        window: int = 0,
+        soft_cap: float = 0.0,
+    ) -> Tensor:
         """q [T, H, D] with T a whole number of windows -> [T, H * D]."""
         q, k, v = (x.unflatten(0, (-1, self.length)).transpose(1, 2) for x in (q, self._keys, self._values))
         self._keys = self._values = torch.empty(0)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        if soft_cap or 0 < window < self.length:
+            y = attention(q, k, v, visible(self.length, self.length, window, q.device), scale, soft_cap)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         return y.transpose(1, 2).flatten(0, 1).flatten(1)
+
+    def route(self, x: Tensor, experts: Experts, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As the definition, or the experts that the step before took."""
+        self._chosen, weights = super().route(x, experts, self._chosen if self._follows else chosen)
+        return self._chosen, weights
+
+    def expert(self, x: Tensor, experts: Experts, e: int, tokens: Tensor, activation: str) -> Tensor:
+        """As the definition; whoever watches its products finds their tokens in `tokens`."""
+        self.tokens = tokens
+        try:
+            return super().expert(x, experts, e, tokens, activation)
+        finally:
+            self.tokens = None
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Tokens take the experts inside that they took in the step before."""
+        self._follows = True
+        try:
+            yield
+        finally:
+            self._follows = False
 
 
 class FloatLinear:
@@ -89,10 +132,17 @@ class FloatWeights(Weights):
     product: torch.dtype = torch.float32
     linears: list[FloatLinear] = field(default_factory=list)
     vectors: dict[str, Tensor] = field(default_factory=dict)
+    offsets: dict[str, float] = field(default_factory=dict)
 
     def dense(self, name: str) -> Tensor:
         """A small tensor in float32, kept by name: rewrites change it in place."""
         self.vectors[name] = super().dense(name).clone()
+        return self.vectors[name]
+
+    def norm(self, name: str, offset: float = 0.0) -> Tensor:
+        """As it runs; what was added is remembered, as it is not stored."""
+        self.vectors[name] = super().norm(name, offset)
+        self.offsets[name] = offset
         return self.vectors[name]
 
     def linear(self, *names: str) -> FloatLinear:  # type: ignore[override]
@@ -115,7 +165,8 @@ class FloatWeights(Weights):
 class FloatBlock:
     """Block `index` of a model, every window of `length` tokens run alone.
 
-    linears  FloatLinear in the order they were asked for; vectors  norms and biases by full name
+    linears  FloatLinear in the order they were asked for
+    vectors  norms, biases and the router by full name, as they run; offsets: what was added to a norm for that
     product  the type matrices are multiplied in: float32, or bfloat16 where that is much faster and enough
     """
 
@@ -129,20 +180,24 @@ class FloatBlock:
         product: torch.dtype = torch.float32,
     ) -> None:
         self.index, self.length, self.device = index, length, device
+        self.ops = WindowOps(length)
         weights = FloatWeights(
-            read or source.read, source.has, (), WindowOps(length), [], device=device, product=product
+            read or source.read, source.has, (), self.ops, [], device=device, context=length, product=product
         )
         self.prefix = source.module.BLOCK.format(index)
-        self.inner = source.module.Block(source.args, weights, self.prefix)
-        self.linears, self.vectors = weights.linears, weights.vectors
+        self.inner = source.module.Block(source.args, weights, index)
+        self.linears, self.vectors, self.offsets = weights.linears, weights.vectors, weights.offsets
+        # the same place for all experts' matrices of a kind, and each other linear its own
+        self.kinds = [_NUMBER.sub(".experts.", linear.names[0]) for linear in self.linears]
+        self.has_experts: bool = source.args.has_experts(index)
         # angles of one window: the same for all
-        cos, sin = source.module.rope(source.args)(torch.arange(length))
+        cos, sin = source.module.rope(source.args, length)(torch.arange(length))
         self.cos, self.sin = cos.to(device), sin.to(device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [n, length, d] -> the same shape."""
         n = len(x)
-        cos, sin = (t.to(x.dtype).repeat(n, 1) for t in (self.cos, self.sin))
+        cos, sin = (torch.cat([t.to(x.dtype)] * n, dim=-2) for t in (self.cos, self.sin))
         return self.inner(x.flatten(0, 1), cos, sin, _NO_CACHE).unflatten(0, (n, self.length))  # type: ignore[no-any-return]
 
     @contextmanager
@@ -183,4 +238,7 @@ def embed(source: Source, windows: Tensor, slice_windows: int = 8, read: Reader 
     fmt = parse(q.spec)
     for part in windows.split(slice_windows):
         ids, back = part.flatten().unique(return_inverse=True)
-        yield fmt.dequantize(fmt.take(q, ids))[back].unflatten(0, tuple(part.shape))
+        rows = fmt.dequantize(fmt.take(q, ids))
+        if source.args.embedding_scale != 1:
+            rows = rows * source.args.embedding_scale
+        yield rows[back].unflatten(0, tuple(part.shape))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -13,27 +12,24 @@ import torch
 from torch import Tensor
 
 from fewbit.blocks import FloatBlock, FloatLinear
-from fewbit.errors import FewbitError
+from fewbit.feeds import feeds_of
 from fewbit.formats import Format, parse
-from fewbit.methods import BlockPart, Feed, Stats, Target, rtn
+from fewbit.methods import BlockPart, Stats, Target, rtn
 from fewbit.methods._second_order import output_error
 from fewbit.qtensor import QTensor
 from fewbit.source import FLOATS, Source
 
-# tokens that run through a block at once: bounds the activations' memory
-BATCH_TOKENS = 2048
 # tuning a block takes about this many times as long as finding what it begins with
 TUNING = 10
 # evenly spread rows that round to nearest is tried on beside the method
 COMPARED_ROWS = 128
-# x^T x is symmetric: computed in strips of rows it takes 5/8 of the work, and narrower strips multiply slower
-STRIPS, LEAST_STRIP = 4, 128
 
 
 @dataclass(frozen=True)
 class Line:
     """What came of one matrix: squared output error relative to the output, of the method and of round to nearest, on
-    COMPARED_ROWS of its rows.
+    COMPARED_ROWS of its rows. `calibrated`: whether calibration text came to it; an expert may see none, and is rounded
+    to nearest.
     """
 
     block: int
@@ -42,10 +38,11 @@ class Line:
     error: float
     rtn_error: float
     seconds: float
+    calibrated: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the log."""
-        return {k: getattr(self, k) for k in ("block", "name", "spec", "error", "rtn_error", "seconds")}
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -62,118 +59,8 @@ class Solved:
 
     tensors: dict[str, QTensor]
     lines: list[Line] = field(default_factory=list)
-
-
-def batches(hidden: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """Hidden states [n, length, d] a few windows at a time, on the device."""
-    step = max(1, BATCH_TOKENS // hidden.shape[1])
-    for start in range(0, len(hidden), step):
-        part = slice(start, start + step)
-        yield part, hidden[part].to(device, torch.float32)
-
-
-@torch.no_grad()
-def propagate(block: FloatBlock, hidden: Tensor) -> None:
-    """Run the block over the hidden states, in place. FewbitError where it gives NaN or infinity."""
-    for part, x in batches(hidden, block.device):
-        y = block(x)
-        # a sum is not finite where a value is not; it may overflow where none is
-        if not bool(y.sum().isfinite()) and not bool(y.isfinite().all()):
-            raise _not_finite(block.index, y, part.start)
-        hidden[part] = y.to(hidden)
-
-
-class _SeenAll(Exception):  # noqa: N818
-    """Every linear of a block was shown its input."""
-
-
-@torch.no_grad()
-def collect(block: FloatBlock, hidden: Tensor, reference: Tensor | None, weights: Tensor | None = None) -> list[Stats]:
-    """Statistics of each linear's input, in the order of `block.linears`.
-
-    hidden     [n, length, d], what the quantized prefix hands on
-    reference  the same of the full-precision model: then `cross` is collected too
-    weights    what each position of a window counts in a linear's means [linears, length]; None: all the same
-    """
-    sums: list[Stats] = [{} for _ in block.linears]
-    place = {id(linear): i for i, linear in enumerate(block.linears)}
-    seen: list[Tensor] = [torch.empty(0)] * len(sums)
-    # sums are made of what a linear multiplies; of bfloat16, a batch's is off by less than damping adds, but by more
-    # than the prefix may have drifted
-    products = [linear.product if reference is None else torch.float32 for linear in block.linears]
-    even = torch.ones(len(sums), hidden.shape[1])
-    roots = (even if weights is None else weights).sqrt().to(block.device)
-
-    def keep(linear: FloatLinear, x: Tensor) -> None:
-        seen[place[id(linear)]] = x
-        if linear is block.linears[-1]:
-            # nobody asks for its product
-            raise _SeenAll
-
-    def run(x: Tensor) -> None:
-        with suppress(_SeenAll):
-            block(x)
-
-    with block.watched(keep):
-        for part, x in batches(hidden, block.device):
-            run(x)
-            ours = list(seen)
-            if reference is not None:
-                run(reference[part].to(block.device, torch.float32))
-            for i, (stats, x_in, y_in) in enumerate(zip(sums, ours, seen, strict=True)):
-                weigh = roots[i].repeat(len(x))[:, None]
-                weighted = (x_in * weigh).to(products[i])
-                _add_gram(stats, weighted)
-                if reference is not None:
-                    _add_cross(stats, (y_in * weigh).to(products[i]), weighted)
-    tokens = hidden.shape[0] * hidden.shape[1]
-    for i, stats in enumerate(sums):
-        upper = stats["hessian"].triu_()
-        stats["hessian"] = upper + upper.triu(1).t()
-        for total in stats.values():
-            total /= tokens
-        if not bool(stats["hessian"].isfinite().all()):
-            raise FewbitError(
-                f"Calibration text gives NaN or infinity in block {block.index}.",
-                f"At the input of {', '.join(block.linears[i].names)}.",
-                "The checkpoint is damaged, or its activations overflow: check it with `fewbit eval`.",
-            )
-    return sums
-
-
-def _add_gram(stats: Stats, x: Tensor) -> None:
-    """x^T x, in strips from the diagonal to the right: the rest is its mirror image."""
-    columns = x.shape[1]
-    if "hessian" not in stats:
-        stats["hessian"] = torch.zeros(columns, columns, device=x.device)
-    strip = max(LEAST_STRIP, -(-columns // STRIPS))
-    for start in range(0, columns, strip):
-        rows = slice(start, start + strip)
-        total = stats["hessian"][rows, start:]
-        if x.dtype == total.dtype:
-            total.addmm_(x[:, rows].t(), x[:, start:])
-        else:
-            total += _product(x[:, rows].t(), x[:, start:])
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """In float32 on a card, which rounds nothing on the way out; on a CPU in the type of a and b."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a @ b
-
-
-def _add_cross(stats: Stats, y: Tensor, x: Tensor) -> None:
-    if "cross" not in stats:
-        stats["cross"] = torch.zeros(y.shape[1], x.shape[1], device=x.device)
-    stats["cross"] += _product(y.t(), x)
-
-
-def _not_finite(index: int, y: Tensor, window: int) -> FewbitError:
-    count = int((~y.isfinite()).sum())
-    return FewbitError(
-        f"Calibration text gives NaN or infinity in block {index}.",
-        f"{count:,} of {y.numel():,} values in the windows from {window} on.",
-        "The checkpoint is damaged, or its activations overflow: check it with `fewbit eval`.",
-    )
+    # linears that no calibration token came to
+    unseen: list[str] = field(default_factory=list)
 
 
 class BlockSolver:
@@ -208,11 +95,21 @@ class BlockSolver:
             solved = self._tuned(block, originals, solved, hidden, goals, report)
             seconds = [s + (time.perf_counter() - start) / len(seconds) for s in seconds]
         for linear, original, parts, found, took in zip(block.linears, originals, solved, stats, seconds, strict=True):
-            self._record(done, block, linear, original, parts, found["hessian"], took)
+            self._record(done, block, linear, original, parts, found, took)
         for name, vector in block.vectors.items():
-            fmt = parse(self.spec(name))
-            done.tensors[name] = fmt.pack(fmt.round(vector.cpu(), {}), {})
+            done.tensors[name] = self._stored(name, vector.cpu(), block.offsets.get(name, 0.0))
         return done
+
+    def _stored(self, name: str, vector: Tensor, offset: float) -> QTensor:
+        """A norm, a bias or a router as files have it: without what the architecture adds."""
+        fmt = parse(self.spec(name))
+        if offset:
+            q = self.source.read(name)
+            if q.spec == fmt.spec and torch.equal(parse(q.spec).dequantize(q) + offset, vector):
+                # taking off what was added would move its last bits
+                return q
+            vector = vector - offset
+        return fmt.pack(fmt.round(vector, {}), {})
 
     def _spec_groups(self, linear: FloatLinear) -> list[tuple[str, int, int]]:
         """(spec, first row, last row) of neighbours in the stack that share a format: solved together."""
@@ -234,34 +131,19 @@ class BlockSolver:
             if spec in FLOATS:
                 found.append((fmt, fmt.pack(fmt.round(w, {}), {})))
             else:
-                found.append((fmt, self.modules[-1].quantize(w, fmt, dict(stats), self.target)))
+                # an expert that no token came to
+                method = self.modules[-1] if "hessian" in stats else rtn
+                found.append((fmt, method.quantize(w, fmt, dict(stats), self.target)))
         return found
 
     def _prepare(self, block: FloatBlock, stats: list[Stats]) -> None:
         rewriters = [m for m in self.modules if hasattr(m, "prepare")]
         if not rewriters:
             return
-        feeds = [feed for i in range(len(block.linears)) if (feed := self._feed(block, i, stats[i])) is not None]
+        feeds = feeds_of(self.source, block, stats, self.spec)
         fmt = parse(self.spec(f"{block.linears[0].names[0]}.weight"))
         for module in rewriters:
             module.prepare(feeds, fmt, self.target)
-
-    def _feed(self, block: FloatBlock, i: int, stats: Stats) -> Feed | None:
-        linear, module = block.linears[i], self.source.module
-        name = linear.names[0].removeprefix(block.prefix)
-        producer = module.FEEDS.get(name)
-        if producer is None:
-            return None
-        channel = module.producers(self.source.args, name).to(block.device)
-        norm = f"{block.prefix}{producer}.weight"
-        if norm in block.vectors:
-            return Feed(
-                [linear.weight], stats, lambda s: s, _norm_divider(block.vectors[norm], FLOATS[self.spec(norm)])
-            )
-        rows = _rows_of(block, f"{block.prefix}{producer}")
-        bias = f"{block.prefix}{producer}.bias"
-        stored = FLOATS[self.spec(bias)] if bias in block.vectors else torch.float32
-        return Feed([linear.weight], stats, _sharer(channel, len(rows[0])), _rows_divider(rows, channel, stored))
 
     def _tuned(
         self,
@@ -302,10 +184,12 @@ class BlockSolver:
         linear: FloatLinear,
         original: Tensor,
         parts: list[tuple[Format, QTensor]],
-        hessian: Tensor,
+        stats: Stats,
         seconds: float,
     ) -> None:
-        row = 0
+        row, hessian = 0, stats.get("hessian")
+        if hessian is None:
+            done.unseen += linear.names
         stack = iter(parts)
         fmt, q = next(stack)
         first = 0
@@ -316,66 +200,21 @@ class BlockSolver:
             taken = fmt.take(q, torch.arange(row - first, row - first + rows, device=block.device))
             some = torch.arange(0, rows, -(-rows // COMPARED_ROWS), device=block.device)
             w = original[row : row + rows][some]
-            scale = max(output_error(w, hessian), 1e-30)
-            error = output_error(fmt.dequantize(fmt.take(taken, some)) - w, hessian) / scale
+            scale = max(_error(w, hessian), 1e-30)
+            error = _error(fmt.dequantize(fmt.take(taken, some)) - w, hessian) / scale
             plain = 0.0
             if q.spec not in FLOATS:
-                plain = output_error(fmt.dequantize(rtn.quantize(w, fmt, {}, self.target)) - w, hessian) / scale
+                plain = _error(fmt.dequantize(rtn.quantize(w, fmt, {}, self.target)) - w, hessian) / scale
             done.tensors[f"{name}.weight"] = QTensor(
                 taken.spec, taken.shape, {k: p.cpu() for k, p in taken.parts.items()}
             )
             share = seconds * rows / sum(linear.splits)
-            done.lines.append(Line(block.index, name.removeprefix(block.prefix), q.spec, error, plain, share))
+            done.lines.append(
+                Line(block.index, name.removeprefix(block.prefix), q.spec, error, plain, share, hessian is not None)
+            )
             row += rows
 
 
-def _norm_divider(norm: Tensor, stored: torch.dtype) -> Callable[[Tensor], Tensor]:
-    def divide(s: Tensor) -> Tensor:
-        # what the stored norm loses by rounding, the linears make good
-        smaller = (norm / s).to(stored).float()
-        kept = torch.where((smaller == 0) | ~smaller.isfinite(), norm, smaller)
-        applied = torch.where(kept == 0, torch.ones_like(norm), norm / kept)
-        norm.copy_(kept)
-        return applied
-
-    return divide
-
-
-def _rows_of(block: FloatBlock, name: str) -> list[Tensor]:
-    """The rows of a matrix within its stack, and of its bias where it has one; views, changed in place."""
-    for linear in block.linears:
-        if name in linear.names:
-            at = linear.names.index(name)
-            first = sum(linear.splits[:at])
-            rows = slice(first, first + linear.splits[at])
-            found = [linear.weight[rows]]
-            if linear.bias is not None:
-                found.append(linear.bias[rows])
-                if f"{name}.bias" in block.vectors:
-                    found.append(block.vectors[f"{name}.bias"])
-            return found
-    raise ValueError(f"{name} is no linear of block {block.index}")
-
-
-def _sharer(channel: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
-    def share(s: Tensor) -> Tensor:
-        # channels that one row feeds get their geometric mean
-        total = torch.zeros(rows, device=s.device).index_add_(0, channel, s.log())
-        count = torch.zeros_like(total).index_add_(0, channel, torch.ones_like(s))
-        return (total / count.clamp(min=1)).exp()[channel]
-
-    return share
-
-
-def _rows_divider(rows: list[Tensor], channel: Tensor, stored: torch.dtype) -> Callable[[Tensor], Tensor]:
-    def divide(s: Tensor) -> Tensor:
-        by_row = torch.ones(len(rows[0]), device=s.device)
-        by_row[channel] = s
-        weight, *biases = rows
-        weight /= by_row[:, None]
-        for bias in biases:
-            # what runs here is what will be stored
-            bias.copy_((bias / by_row).to(stored))
-        return s
-
-    return divide
+def _error(e: Tensor, hessian: Tensor | None) -> float:
+    """What errors e [out, in] do to outputs; of inputs that nobody has seen, as if all counted the same."""
+    return float(e.double().square().sum()) if hessian is None else output_error(e, hessian)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbit.blocks import FloatBlock, embed
-from fewbit.calibrated import propagate
+from fewbit.passes import propagate
 from fewbit.sensitivity import Head, Report
 from fewbit.source import Source
 

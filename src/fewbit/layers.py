@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewbit.config_values import number, real, shown
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
 from fewbit.kernels import Backend, Packed
@@ -38,11 +35,21 @@ class Weights:
     prepared: PreparedLayouts | None = None
     # where the weights are to lie
     device: torch.device = CPU
+    # the most tokens a sequence may have: some rotations follow from it
+    context: int = 0
 
     def dense(self, name: str) -> Tensor:
         """A small tensor (norm, bias) in float32."""
         q = self.read(name)
         return parse(q.spec).dequantize(q).contiguous().to(self.device)
+
+    def norm(self, name: str, offset: float = 0.0) -> Tensor:
+        """A norm's weight in float32, with what the architecture adds to all weights of norms."""
+        return self.dense(name) + offset if offset else self.dense(name)
+
+    def router(self, name: str) -> Tensor:
+        """The small matrix [experts, in] that chooses experts, in float32."""
+        return self.dense(name)
 
     def linear(self, *names: str) -> Linear:
         """One product for several stacked matrices of the same input, `x.weight` for each name, biases included."""
@@ -108,100 +115,3 @@ class RMSNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)
-
-
-@dataclass(frozen=True)
-class RopeArgs:
-    """Rotary embedding: base frequency and how it is stretched to longer contexts."""
-
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> RopeArgs:
-        """From `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before).
-
-        Raises FewbitError for a kind of scaling fewbit does not know, and for numbers that make no frequencies.
-        """
-        found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if not isinstance(found, dict):
-            raise FewbitError(
-                "The model's config has no usable rotary parameters.",
-                f"rope_parameters (or rope_scaling) is {shown(found)} where a JSON object belongs.",
-                "Check config.json against the original model's.",
-            )
-        kind = found.get("rope_type") or found.get("type") or "default"
-        if kind not in ("default", "linear", "llama3"):
-            raise FewbitError(
-                f"Rotary scaling {shown(kind)} is not supported.",
-                "fewbit knows default, linear and llama3.",
-                "Use a checkpoint of the same model without that scaling.",
-            )
-        theta = real(found if "rope_theta" in found else config, "rope_theta", 10000.0, 1.0, 1e15)
-        if kind == "default":
-            return cls(theta)
-        factor = real(found, "factor", 1.0, 1e-3, 1e6)
-        if kind == "linear":
-            return cls(theta, kind, factor)
-        low = real(found, "low_freq_factor", 1.0, 0.0, 1e6)
-        return cls(
-            theta=theta,
-            kind=kind,
-            factor=factor,
-            low_freq_factor=low,
-            # the two bound a blend: it has no width where they are equal
-            high_freq_factor=real(found, "high_freq_factor", 4.0, low + 1e-3, 2e6),
-            original_context=number(found, "original_max_position_embeddings", 8192),
-        )
-
-    def frequencies(self, width: int) -> Tensor:
-        """Angle a position, float32 [width / 2] (Su et al. 2021, section 3.4.2; llama3: Llama 3.1 model card code)."""
-        freq = 1.0 / self.theta ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width)
-        if self.kind == "linear":
-            return freq / self.factor
-        if self.kind == "llama3":
-            # long waves are stretched, short ones kept, those between blended
-            turns = self.original_context * freq / (2 * math.pi)
-            blend = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-            blend = blend.clamp(0, 1)
-            return freq * (blend + (1 - blend) / self.factor)
-        return freq
-
-
-class Rope:
-    """positions int64 [T] -> cos, sin float32 [T, width / 2], from a table that grows with the positions asked for.
-
-    It is made in pieces of equal size: a position's angles are the same bits whenever they are asked for.
-    """
-
-    PIECE = 256
-
-    def __init__(self, args: RopeArgs, width: int) -> None:
-        self.freq = args.frequencies(width)
-        self._table = (torch.empty(0, width // 2), torch.empty(0, width // 2))
-        self._placed = False
-
-    def place(self, positions: int, device: torch.device) -> None:
-        """Angles of the positions below `positions`, and no others from now on, on a device that is not asked."""
-        self._grow(positions)
-        cos, sin = self._table
-        self._table = cos.to(device), sin.to(device)
-        self._placed = True
-
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        if not self._placed and positions.numel() and (last := int(positions.max())) >= len(self._table[0]):
-            self._grow(last + 1)
-        cos, sin = self._table
-        return cos.index_select(0, positions), sin.index_select(0, positions)
-
-    def _grow(self, positions: int) -> None:
-        """Room for `positions`, at least twice what there was."""
-        have = len(self._table[0])
-        starts = range(have, max(positions, 2 * have), self.PIECE)
-        angles = [torch.arange(i, i + self.PIECE).float()[:, None] * self.freq for i in starts]
-        cos, sin = self._table
-        self._table = torch.cat([cos, *(a.cos() for a in angles)]), torch.cat([sin, *(a.sin() for a in angles)])

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fewbit.blocks import FloatBlock, fast_product
-from fewbit.calibrated import BATCH_TOKENS, collect, propagate
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
 from fewbit.methods import Target
+from fewbit.passes import BATCH_TOKENS, collect, propagate
 from fewbit.sensitivity import LOGITS, PROBES
 from fewbit.source import FLOATS, Source
 
@@ -55,12 +55,20 @@ def needed(
     source: Source, hidden: Tensor, with_goals: bool, offload: bool, tuned: int = 0, weighted: bool = False
 ) -> tuple[int, int]:
     """(bytes of one block's work, bytes of the hidden states kept in memory); `tuned`: windows of a tuning step."""
-    shapes = [w.shape for w in source.weights if w.role == "linear" and w.block == 0]
-    weights = sum(out * columns for out, columns in shapes)
+    by_block: dict[int, list[tuple[int, ...]]] = {}
+    for w in source.weights:
+        if w.role == "linear" and w.block is not None:
+            by_block.setdefault(w.block, []).append(w.shape)
+    sizes = {block: sum(out * columns for out, columns in shapes) for block, shapes in by_block.items()}
+    # with experts in some blocks, those
+    block = max(sizes, key=lambda b: sizes[b])
+    shapes, weights = by_block[block], sizes[block]
     widest = max(max(shape) for shape in shapes)
     # three of the narrow width (attention's and the gate's input, the heads' outputs) and one of each other
     widths = {columns for _, columns in shapes}
     hessians = sum(c**2 for c in widths) + 2 * min(widths) ** 2 + HESSIAN_COPIES * max(widths) ** 2
+    if source.args.has_experts(block):
+        hessians += source.args.experts * (source.args.hidden_size**2 + source.args.expert_size**2)
     tokens = max(BATCH_TOKENS, hidden.shape[1])
     work = BLOCK_COPIES * weights + hessians + WIDE_COPIES * tokens * widest
     if tuned:
@@ -99,7 +107,9 @@ def check(
     stats = collect(block, few, None)
     propagate(block, few)
     running = (time.perf_counter() - start) * (1.5 if with_goals else 1.0) * len(hidden) / len(few)
-    place = max(range(len(stats)), key=lambda i: block.linears[i].weight.shape[1] * block.linears[i].weight.numel())
+    # an expert that no token of this batch came to has no statistics
+    seen = [i for i, found in enumerate(stats) if "hessian" in found]
+    place = max(seen, key=lambda i: block.linears[i].weight.shape[1] * block.linears[i].weight.numel())
     linear = block.linears[place]
     fmt = parse(spec(f"{linear.names[0]}.weight"))
     start = time.perf_counter()

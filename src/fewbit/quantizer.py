@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import fewbit
-from fewbit import recipes, store
+from fewbit import companions, recipes, store
 from fewbit.blocks import fast_product
 from fewbit.calibration import Calibration
 from fewbit.calibration import collect as collect_windows
@@ -33,7 +33,9 @@ WINDOW = 512
 
 @dataclass(frozen=True)
 class Summary:
-    """What a quantization wrote."""
+    """What a quantization wrote. `unseen`: linears of experts that no calibration token came to, rounded to nearest (of
+    the blocks that this run quantized).
+    """
 
     path: str
     format: str
@@ -44,6 +46,7 @@ class Summary:
     source_bytes: int
     float16_bytes: int
     bits_per_weight: float
+    unseen: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -219,7 +222,8 @@ def quantize(
     target = Target(source.dtype, asked.scales == "search", asked.effort, note or silent)
     try:
         with Writer(out, plan, source.dtype, facts, fingerprint, asked.restart) as writer, Log(log) as lines:
-            _companions(writer, source, plan)
+            linears = {w.name for w in source.weights if w.role in ("linear", "router", "head")}
+            companions.write(writer, source, quantization_config(plan, linears))
             walk = Walk(source, writer, plan, modules, target, asked, progress or _quiet, lines, note or silent)
             walk.run(calibration.windows if calibration else None)
     except OSError as e:
@@ -239,7 +243,7 @@ def quantize(
     store.remember(out, {"format": asked.label, "method": asked.resolved, "head": asked.head, "bits_per_weight": bits})
     return Summary(
         str(out), asked.label, asked.resolved, asked.head, seconds, found.weight_bytes, facts["source_bytes"],
-        found.float16_bytes, found.bits_per_weight,
+        found.float16_bytes, found.bits_per_weight, tuple(walk.unseen),
     )  # fmt: skip
 
 
@@ -338,32 +342,3 @@ def _plan(source: Source, specs: Specs) -> list[Planned]:
             raise FewbitError(f"{w.name} can't be stored as {spec}.", f"{reason}.", "Choose another format.")
         plan.append(Planned(w.name, spec, w.shape))
     return plan
-
-
-def _companions(writer: Writer, source: Source, plan: list[Planned]) -> None:
-    """config.json and the tokenizer's files, as Hugging Face tools expect them."""
-    config = {k: v for k, v in source.config.items() if k not in ("quantization_config", "torch_dtype")}
-    config["dtype"] = str(source.dtype).removeprefix("torch.")
-    linears = {w.name for w in source.weights if w.role in ("linear", "head")}
-    if quantization := quantization_config(plan, linears):
-        config["quantization_config"] = quantization
-    data = source.checkpoint.tokenizer()
-    if data.bos_token_id is not None:
-        config.setdefault("bos_token_id", data.bos_token_id)
-    ends = list(data.eos_token_ids)
-    if ends:
-        config.setdefault("eos_token_id", ends[0])
-        writer.text("generation_config.json", {"eos_token_id": ends[0] if len(ends) == 1 else ends})
-    writer.text("config.json", config)
-    writer.text("tokenizer.json", data.json)
-    from fewbit.tokenizer import Tokenizer
-
-    tokens = Tokenizer(data).inner
-    ids = {"bos_token": data.bos_token_id, "eos_token": ends[0] if ends else None}
-    named = {key: tokens.id_to_token(i) for key, i in ids.items() if i is not None}
-    writer.text(
-        "tokenizer_config.json",
-        {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": data.add_bos, **named},
-    )
-    if data.chat_template is not None:
-        writer.text("chat_template.jinja", data.chat_template)

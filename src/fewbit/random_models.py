@@ -83,7 +83,7 @@ class RandomCheckpoint(Checkpoint):
         self.config = config
         self.device = torch.device("cpu")
         module = find_model(config["model_type"])
-        self._weights: dict[str, WeightInfo] = {w.name: w for w in module.weights(module.Args.from_config(config))}
+        self._weights: dict[str, WeightInfo] = {w.name: w for w in module.weights(module.args(config))}
         self._specs = specs
         self._dtype = getattr(torch, config["dtype"])
 
@@ -150,7 +150,7 @@ def random_model(name: str, formats: str, head: str | None = None) -> Source:
     first, *others = formats.split(",")
     exceptions = dict(_exception(other) for other in others)
     module = find_model(SHAPES[name]["model_type"])
-    weights: list[WeightInfo] = module.weights(module.Args.from_config(SHAPES[name]))
+    weights: list[WeightInfo] = module.weights(module.args(SHAPES[name]))
     specs = {}
     for w in weights:
         ending = w.name.removesuffix(".weight").rpartition(".")[2]

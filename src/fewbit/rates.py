@@ -19,10 +19,10 @@ from torch import Tensor
 
 from fewbit.allocation import Choice, Item
 from fewbit.blocks import FloatBlock, FloatLinear, embed
-from fewbit.calibrated import collect, propagate
 from fewbit.checkpoint._writer import Planned
 from fewbit.formats import parse
 from fewbit.methods import Stats, Target, rtn
+from fewbit.passes import collect, propagate
 from fewbit.sensitivity import PROBES, Head, Probe, Report, Sensitivity
 from fewbit.source import Source
 from fewbit.walk import quantized
@@ -99,11 +99,15 @@ class Meter:
             stats = collect(block, hidden, None, sensitivity.positions[i])
             propagate(block, hidden)
             rounded: list[dict[str, Tensor]] = []
-            for j, (linear, found) in enumerate(zip(block.linears, stats, strict=True)):
-                wanted = {stream.config(linear.names[0]) for stream in streams[1:]}
-                part, weights = self._linear(linear, found, float(sensitivity.scales[i, j]), specs, wanted)
-                parts.append(part)
+            found: dict[str, list[tuple[FloatLinear, list[Choice]]]] = {}
+            shares = _shares(block, stats)
+            for j, linear in enumerate(block.linears):
+                wanted = {stream.config(block.kinds[j]) for stream in streams[1:]}
+                scale = float(sensitivity.scales[i][j]) * shares[j]
+                choices, weights = self._linear(linear, stats[j], scale, specs, wanted)
+                found.setdefault(block.kinds[j], []).append((linear, choices))
                 rounded.append(weights)
+            parts += [_together(kind, members) for kind, members in found.items()]
             self._advance(block, rounded, streams)
         self.report("what bits are worth: embedding and head", 0.9)
         parts += self._ends(windows, hidden, sensitivity, specs)
@@ -126,11 +130,9 @@ class Meter:
         """Every stream through the block, with the weights that its config asks for."""
         originals = [linear.weight for linear in block.linears]
         for k, stream in enumerate(streams):
-            for linear, weights, original in zip(block.linears, rounded, originals, strict=True):
-                name = linear.names[0]
-                if k:
-                    stream.picks[name] = stream.config(name)
-                linear.weight = weights[stream.picks[name]].to(original) if k else original
+            stream.picks |= {kind: stream.config(kind) for kind in block.kinds}
+            for linear, kind, weights, original in zip(block.linears, block.kinds, rounded, originals, strict=True):
+                linear.weight = weights[stream.picks[kind]].to(original) if k else original
             propagate(block, stream.hidden)
 
     def _judged(self, streams: list[_Stream]) -> list[Joint]:
@@ -155,19 +157,22 @@ class Meter:
 
     def _linear(
         self, linear: FloatLinear, stats: Stats, scale: float, specs: Sequence[str], wanted: set[str]
-    ) -> tuple[Part, dict[str, Tensor]]:
+    ) -> tuple[list[Choice], dict[str, Tensor]]:
         """The losses, and the rounded weights of the `wanted` specs in 16 bits."""
         choices, kept = [], {}
+        # an expert that no token came to
+        method = self.method if "hessian" in stats else rtn
         for spec in specs:
             fmt = parse(spec)
-            rounded = fmt.dequantize(self.method.quantize(linear.weight, fmt, dict(stats), self.target))
-            off = rounded - linear.weight
-            loss = scale / 2 * float((off @ stats["hessian"]).mul_(off).sum(dtype=torch.float64))
+            rounded = fmt.dequantize(method.quantize(linear.weight, fmt, dict(stats), self.target))
+            loss = 0.0
+            if "hessian" in stats:
+                off = rounded - linear.weight
+                loss = scale / 2 * float((off @ stats["hessian"]).mul_(off).sum(dtype=torch.float64))
             choices.append(Choice(spec, self._nbytes(spec, linear.names), max(0.0, loss)))
             if spec in wanted:
                 kept[spec] = rounded.to(torch.bfloat16).cpu()
-        names = tuple(f"{name}.weight" for name in linear.names)
-        return Part(linear.names[0], names, Item(linear.names[0], tuple(choices)), True), kept
+        return choices, kept
 
     def _nbytes(self, spec: str, names: Sequence[str]) -> int:
         shapes = {w.name.removesuffix(".weight"): w.shape for w in self.source.weights}
@@ -218,3 +223,26 @@ class Meter:
             found.append(parse(spec).dequantize(q) - parse(original.spec).dequantize(original))
             row += q.shape[0]
         return found
+
+
+def _shares(block: FloatBlock, stats: Sequence[Stats]) -> list[float]:
+    """Of the gradients of a kind of matrices, what share is each one's: experts' by the tokens that came to them."""
+    tokens = [float(found["tokens"]) if "tokens" in found else 0.0 for found in stats]
+    total: dict[str, float] = {}
+    for kind, count in zip(block.kinds, tokens, strict=True):
+        total[kind] = total.get(kind, 0.0) + count
+    members = [block.kinds.count(kind) for kind in block.kinds]
+    return [
+        count / total[kind] if n > 1 and total[kind] else 1.0
+        for kind, count, n in zip(block.kinds, tokens, members, strict=True)
+    ]
+
+
+def _together(kind: str, members: Sequence[tuple[FloatLinear, list[Choice]]]) -> Part:
+    """One part of all matrices of a kind: the experts of a block share a choice."""
+    names = tuple(f"{name}.weight" for linear, _ in members for name in linear.names)
+    choices = tuple(
+        Choice(same[0].spec, sum(c.nbytes for c in same), sum(c.loss for c in same))
+        for same in zip(*(choices for _, choices in members), strict=True)
+    )
+    return Part(kind, names, Item(kind, choices), True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewbit.blocks import FloatBlock, FloatLinear, WindowOps, embed
-from fewbit.calibrated import batches, propagate
 from fewbit.formats import parse
 from fewbit.layers import RMSNorm
+from fewbit.passes import Seen, batches, propagate
 from fewbit.scratch import mapped
 from fewbit.source import FLOATS, Source
 
@@ -36,21 +36,24 @@ Report = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Weights of mean 1: positions [blocks, linears, length] of a window, channels [blocks, d] of blocks' outputs.
+    """Weights of mean 1: of each block positions [linears, length] of a window, and channels [blocks, d] of blocks'
+    outputs. Experts' matrices of a kind share theirs.
 
-    What they are relative to: `scales` [blocks, linears], the mean g^2 at linears' outputs, and `entrance` [length, d],
+    What they are relative to: of each block `scales` [linears], the mean g^2 at outputs; `entrance` [length, d],
     the mean g^2 at what the embedding gives.
     """
 
-    positions: Tensor
+    positions: list[Tensor]
     channels: Tensor
-    scales: Tensor
+    scales: list[Tensor]
     entrance: Tensor
 
     def save(self, file: Path) -> None:
         """Whole or not at all, whatever happens meanwhile."""
         beside = file.with_suffix(".new")
-        save_file({field.name: getattr(self, field.name).contiguous() for field in fields(self)}, beside)
+        lists = {"positions": self.positions, "scales": self.scales}
+        parts = {f"{name}.{i}": t.contiguous() for name, found in lists.items() for i, t in enumerate(found)}
+        save_file({"channels": self.channels, "entrance": self.entrance.contiguous()} | parts, beside)
         with beside.open("rb") as written:
             os.fsync(written.fileno())
         beside.rename(file)
@@ -59,7 +62,9 @@ class Sensitivity:
     def load(cls, file: Path) -> Sensitivity:
         """What `save` wrote."""
         found = load_file(file)
-        return cls(**{field.name: found[field.name] for field in fields(cls)})
+        blocks = range((len(found) - 2) // 2)
+        positions, scales = ([found[f"{name}.{i}"] for i in blocks] for name in ("positions", "scales"))
+        return cls(positions, found["channels"], scales, found["entrance"])
 
 
 class Head:
@@ -69,7 +74,7 @@ class Head:
         self.source, self.device, self.product = source, device, product
         roles = {w.role: w.name for w in source.weights if w.block is None}
         q = source.read(roles["norm"])
-        self.norm = parse(q.spec).dequantize(q).to(device)
+        self.norm = parse(q.spec).dequantize(q).to(device) + source.args.norm_offset
         name = roles.get("head", roles["embedding"])
         fmt, dtype = parse(source.spec(name)), FLOATS.get(source.spec(name), torch.float32)
         total = source.args.vocab_size
@@ -85,7 +90,15 @@ class Head:
 
     def logits(self, x: Tensor) -> Tensor:
         """Of normed states x [T, d], float32 [T, vocab]."""
+        return self.capped(self._products(x))
+
+    def _products(self, x: Tensor) -> Tensor:
         return torch.cat([(x.to(part.dtype) @ part.t()).float() for part in self.parts], 1)
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Where the model bounds them softly."""
+        cap = self.source.args.final_soft_cap
+        return (logits / cap).tanh_().mul_(cap) if cap else logits
 
     def divergence(self, exact: Tensor, moved: Tensor, other: Callable[[Tensor], Tensor]) -> float:
         """Mean KL in nats between this head's predictions of normed states `exact` [T, d] and those that the logits
@@ -100,7 +113,7 @@ class Head:
     def changed(self, changes: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
         """The logits of this head with `changes` added to its rows, given in slices."""
         placed = [off.to(self.device) for off in changes]
-        return lambda x: self.logits(x).add_(torch.cat([x @ off.t() for off in placed], 1))
+        return lambda x: self.capped(self._products(x).add_(torch.cat([x @ off.t() for off in placed], 1)))
 
     def pull(self, x: Tensor, draws: Tensor) -> Tensor:
         """Gradient at last hidden states x [T, d] of -log p(label), for labels drawn from the model's own predictions:
@@ -110,9 +123,18 @@ class Head:
         with torch.enable_grad():
             normed = self.normed(x)
         read = normed.detach().to(self.product)
-        p = torch.cat([(read @ part.to(self.product).t()).float() for part in self.parts], 1).softmax(1)
+        logits = torch.cat([(read @ part.to(self.product).t()).float() for part in self.parts], 1)
+        cap, slope = self.source.args.final_soft_cap, None
+        if cap:
+            logits = (logits / cap).tanh_()
+            # of tanh, at what it gave
+            slope = 1 - logits.square()
+            logits *= cap
+        p = logits.softmax(1)
         labels = torch.searchsorted(p.cumsum(1), draws).clamp_(max=p.shape[1] - 1)
         p.scatter_add_(1, labels, torch.full_like(draws, -1.0))
+        if slope is not None:
+            p *= slope
         back = torch.zeros_like(normed)
         for piece, part in zip(
             p.to(self.product).split([len(part) for part in self.parts], 1), self.parts, strict=True
@@ -140,9 +162,10 @@ class Probe:
             self.report(f"what counts for the loss: block {i + 1} backward", 1 - 2 / 3 * (i + 1) / self.blocks)
             channels.insert(0, gradient.square().mean((0, 1)))
             tokens.insert(0, self._through(self._block(i, length), inputs[i], gradient))
-        positions = by_octave(torch.stack(tokens).unflatten(-1, (n, length)).mean(2))
+        positions = [by_octave(t.unflatten(-1, (n, length)).mean(1)) for t in tokens]
+        scales = [p.mean(-1) for p in positions]
         entrance = by_octave(gradient.square().mean(0).t()).t()
-        return Sensitivity(mean_one(positions), mean_one(torch.stack(channels)), positions.mean(-1), entrance)
+        return Sensitivity([mean_one(p) for p in positions], mean_one(torch.stack(channels)), scales, entrance)
 
     def _block(self, index: int, length: int) -> FloatBlock:
         return FloatBlock(self.source, index, length, self.device, product=self.product)
@@ -171,21 +194,36 @@ class Probe:
     def _through(self, block: FloatBlock, inputs: Tensor, gradient: Tensor) -> Tensor:
         """Takes `gradient` back through a block, in place; mean squares at its linears' outputs [linears, tokens]."""
         found = []
-        outputs: dict[int, Tensor] = {}
+        outputs: dict[int, Seen] = {}
 
         def keep(linear: FloatLinear, y: Tensor) -> None:
-            outputs[id(linear)] = y
+            outputs[id(linear)] = Seen(y, block.ops.tokens)
 
         for part, x in batches(inputs, self.device):
             x.requires_grad_()
+            outputs.clear()
             with torch.enable_grad(), block.watched(after=keep):
                 y = block(x)
-            wanted = [x, *(outputs[id(linear)] for linear in block.linears)]
-            back, *squares = torch.autograd.grad(y, wanted, gradient[part].to(self.device))
+            back, *squares = torch.autograd.grad(
+                y, [x, *(seen.x for seen in outputs.values())], gradient[part].to(self.device)
+            )
             # before the gradient is written over: the last linear's is a view of it
-            found.append(torch.stack([g.square().mean(1) for g in squares]).cpu())
+            found.append(_by_linear(block, outputs, [g.square().mean(1) for g in squares], len(y) * y.shape[1]).cpu())
             gradient[part] = back.to(gradient)
         return torch.cat(found, 1)
+
+
+def _by_linear(block: FloatBlock, outputs: dict[int, Seen], squares: list[Tensor], tokens: int) -> Tensor:
+    """Mean squared gradients [linears, tokens]; experts' matrices of a kind have those of all together."""
+    of = {kind: torch.zeros(tokens, device=block.device) for kind in block.kinds}
+    place = {id(linear): kind for linear, kind in zip(block.linears, block.kinds, strict=True)}
+    for (linear, seen), square in zip(outputs.items(), squares, strict=True):
+        total = of[place[linear]]
+        if seen.tokens is None:
+            total += square
+        else:
+            total.index_add_(0, seen.tokens, square)
+    return torch.stack([of[kind] for kind in block.kinds])
 
 
 def by_octave(x: Tensor) -> Tensor:

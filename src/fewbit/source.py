@@ -15,10 +15,20 @@ from fewbit import store
 from fewbit.checkpoint import Checkpoint, open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
-from fewbit.models import WeightInfo, find_model
+from fewbit.models import WeightInfo, find_gguf_model, find_model
 from fewbit.qtensor import QTensor
 
+# of one layer; what a file says is bounded before lists are made of it
+MOST_EXPERTS = 4096
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: a stored name, and which matrix of it where it is a stack of experts'."""
+
+    name: str
+    expert: int | None = None
 
 
 class Source:
@@ -31,19 +41,25 @@ class Source:
         self.checkpoint, self.name = checkpoint, name
         self._gguf = checkpoint.naming == "gguf"
         config = checkpoint.config
-        model_type = config.get("general.architecture" if self._gguf else "model_type")
-        self.module: ModuleType = find_model(str(model_type))
-        self._stored: dict[str, str] = {}
+        # what is worth telling whoever opens the model
+        self.notes: list[str] = []
+        self.module: ModuleType = find_gguf_model(config) if self._gguf else find_model(str(config.get("model_type")))
+        self._rename: Callable[[str], str | None] | None = None
+        if hasattr(self.module, "text_part"):
+            config, self._rename = self.module.text_part(config), self.module.text_name
+            self.notes.append(self.module.NOTE)
+            self.module = find_model(config["model_type"])
+        self._stored: dict[str, Place] = {}
         for stored in checkpoint.names():
-            self._stored[self._canonical(stored)] = stored
+            self._stored |= {name: Place(stored, expert) for name, expert in self._canonical(stored)}
         if self._gguf:
             config = self.module.gguf_config(config, set(checkpoint.names()), self._read_float)
             if "vocab_size" not in config and "token_embd.weight" in checkpoint.names():
                 config["vocab_size"] = checkpoint.shape("token_embd.weight")[0]
         self.config: dict[str, Any] = config
-        self.args = self.module.Args.from_config(config)
+        self.args = self.module.args(config)
         self.weights: list[WeightInfo] = self.module.weights(self.args)
-        self._planned = {w.name for w in self.weights}
+        self._planned = {w.name: w for w in self.weights}
         self._check()
         self._check_biases()
 
@@ -64,13 +80,21 @@ class Source:
         named = str(self.config.get("dtype") or self.config.get("torch_dtype") or "")
         return torch.bfloat16 if named in ("bfloat16", "float32") and "f16" not in specs else torch.float16
 
-    def _canonical(self, stored: str) -> str:
+    def _canonical(self, stored: str) -> list[tuple[str, int | None]]:
+        """Canonical names of a stored tensor; with an expert's number where it holds the matrices of all of them."""
         if not self._gguf:
-            return stored
+            name = self._rename(stored) if self._rename else stored
+            return [] if name is None else [(name, None)]
         block = stored.split(".")[1] if stored.startswith("blk.") else ""
         pattern = stored.replace(f"blk.{block}.", "blk.{}.", 1) if block else stored
         found: str = self.module.GGUF.get(pattern, stored)
-        return found.replace("{}", block, 1)
+        found = found.replace("{}", block, 1)
+        if "{}" not in found:
+            return [(found, None)]
+        shape = self.checkpoint.shape(stored)
+        # a name for each row of something else would be a list of any length
+        count = shape[0] if len(shape) == 3 and shape[0] <= MOST_EXPERTS else 0
+        return [(found.format(e), e) for e in range(count)]
 
     def _read_float(self, stored: str) -> torch.Tensor:
         q = self.checkpoint.read(stored)
@@ -84,7 +108,8 @@ class Source:
                     f"{self.path} has {len(self._stored)} tensors; the config asks for {len(self.weights)}.",
                     "Download the whole model again, or check that config.json belongs to these weights.",
                 )
-            found = self.checkpoint.shape(self._stored[w.name])
+            place = self._stored[w.name]
+            found = self.checkpoint.shape(place.name)[0 if place.expert is None else 1 :]
             if found != w.shape:
                 raise FewbitError(
                     f"The tensor {w.name!r} has the wrong shape.",
@@ -98,7 +123,7 @@ class Source:
             name = f"{w.name.removesuffix('weight')}bias"
             if w.role != "linear" or name in self._planned or name not in self._stored:
                 continue
-            if bool((self._read_float(self._stored[name]) != 0).any()):
+            if bool((self._read_float(self._stored[name].name) != 0).any()):
                 raise FewbitError(
                     "The checkpoint has biases that its config does not speak of.",
                     f"The first is {name!r}; attention_bias and mlp_bias of config.json say which layers have them.",
@@ -111,16 +136,28 @@ class Source:
 
     def spec(self, name: str) -> str:
         """Format spec of a tensor, from the header."""
-        return self.checkpoint.spec(self._stored[name])
+        return self.checkpoint.spec(self._stored[name].name)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> QTensor:
         """One tensor in canonical row order, or its rows [start, stop)."""
-        stored = self._stored[name]
+        place = self._stored[name]
         order = self.module.gguf_rows(name, self.args) if self._gguf else None
+        if place.expert is not None:
+            q = _one_of(self.checkpoint.read(place.name, (place.expert, place.expert + 1)))
+            return q if rows is None else parse(q.spec).take(q, torch.arange(*rows))
         if order is None:
-            return self.checkpoint.read(stored, rows)
-        q = self.checkpoint.read(stored)
+            q = self.checkpoint.read(place.name, rows)
+            if self._gguf and self.args.norm_offset and self._planned[name].role == "norm":
+                # ggml's norms have it in them
+                return QTensor("f32", q.shape, {"weight": parse(q.spec).dequantize(q) - self.args.norm_offset})
+            return q
+        q = self.checkpoint.read(place.name)
         return parse(q.spec).take(q, order if rows is None else order[slice(*rows)])
+
+
+def _one_of(q: QTensor) -> QTensor:
+    """The matrix of a stack [1, out, in]."""
+    return QTensor(q.spec, q.shape[1:], {name: part[0] for name, part in q.parts.items()})
 
 
 def open_source(model: str | Path, progress: Callable[[str], None] | None = None) -> Source:

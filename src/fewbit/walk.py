@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from fewbit.blocks import FloatBlock, embed, fast_product
-from fewbit.calibrated import BlockSolver, Goals, Line, Solved, collect, propagate
+from fewbit.calibrated import BlockSolver, Goals, Line, Solved
 from fewbit.checkpoint import open_checkpoint
 from fewbit.checkpoint._writer import Planned, Writer
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
 from fewbit.methods import Target, rtn
+from fewbit.passes import collect, propagate
 from fewbit.preflight import Preflight, check
 from fewbit.qtensor import QTensor
 from fewbit.scratch import mapped
@@ -130,6 +131,8 @@ class Walk:
             self.units.setdefault(unit, []).append(self.plan[w.name])
         self.total = sum(_weights(planned) for planned in self.units.values())
         self.finished = 0
+        # linears that no calibration token came to
+        self.unseen: list[str] = []
 
     def run(self, windows: Tensor | None) -> None:
         """Every unit that is not committed; `windows` int64 [n, length] where the method wants data.
@@ -250,9 +253,20 @@ class Walk:
         for line in solved.lines:
             self.log.write(line)
         self._write(unit, solved)
+        if solved.unseen:
+            self._say_unseen(place, solved.unseen)
         for line in solved.lines:
             better = f"{line.error / line.rtn_error:.2f} of round to nearest's" if line.rtn_error else "exact"
             self._report(f"{place}: {line.name} error {line.error:.2e}, {better}", weights)
+
+    def _say_unseen(self, place: str, unseen: list[str]) -> None:
+        """Experts that the router sent no calibration token to."""
+        self.unseen += unseen
+        experts = sorted({int(name.split(".experts.")[1].split(".")[0]) for name in unseen})
+        self.note(
+            f"{place}: {len(experts)} of {self.source.args.experts} experts saw no calibration token and are rounded "
+            f"to nearest: {', '.join(map(str, experts))}"
+        )
 
     def _float_block(self, index: int, length: int, read: Callable[[str], QTensor] | None = None) -> FloatBlock:
         return FloatBlock(self.source, index, length, self.device, read, self.product)

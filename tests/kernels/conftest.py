@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbit.formats import parse
+from fewbit.formats._ggml_block import GgmlFormat
 from fewbit.formats.integer import IntegerFormat
 from fewbit.kernels import cpu
 from fewbit.qtensor import QTensor
@@ -25,14 +26,41 @@ def _integer(fmt: IntegerFormat, rows: int, columns: int, dtype: torch.dtype, g:
     return fmt.pack(codes, params)
 
 
+# where the halves of a block of ggml lie
+HALVES = {
+    **dict.fromkeys(("q4_0", "q5_0", "q8_0", "iq1_s", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"), (0,)),
+    **dict.fromkeys(("q4_1", "q5_1", "q4_k", "q5_k"), (0, 2)),
+    **dict.fromkeys(("iq4_nl", "iq4_xs"), (0,)),
+    **dict.fromkeys(("iq1_m", "mxfp4", "nvfp4"), ()),
+    "q2_k": (80, 82),
+    "q3_k": (108,),
+    "q6_k": (208,),
+    "tq1_0": (52,),
+    "tq2_0": (64,),
+}
+GGML = [f"gguf:{name}" for name in HALVES]
+
+
 def _ggml(spec: str, rows: int, columns: int, g: torch.Generator) -> QTensor:
-    ((_, (_, shape)),) = parse(spec).layout((rows, columns), torch.float16).items()
-    size = {"gguf:q4_0": 18, "gguf:q4_1": 20, "gguf:q8_0": 34}[spec]
-    blocks = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8).reshape(rows, -1, size)
-    halves = 2 if spec == "gguf:q4_1" else 1
-    scales = (torch.rand(rows, blocks.shape[1], halves, generator=g) + 0.1).half()
-    blocks[..., : 2 * halves] = scales.view(torch.uint8)
-    return QTensor(spec, (rows, columns), {"blocks": blocks.reshape(shape)})
+    fmt, name = parse(spec), spec.removeprefix("gguf:")
+    assert isinstance(fmt, GgmlFormat)
+    blocks = torch.randint(0, 256, (rows, columns // fmt.block, fmt.block_bytes), generator=g, dtype=torch.uint8)
+    for at in HALVES[name]:
+        halves = (torch.rand(rows, blocks.shape[1], 1, generator=g) + 0.1).half()
+        blocks[..., at : at + 2] = halves.view(torch.uint8)
+    if name == "mxfp4":
+        blocks[..., 0] = blocks[..., 0] % 8 + 122
+    if name == "iq1_m":
+        # the scale's four nibbles, lowest first: between 1/4 and 1
+        blocks[..., 53] = blocks[..., 53] & 15 | 0x40
+        blocks[..., 55] = blocks[..., 55] & 15 | 0x30
+    return QTensor(spec, (rows, columns), {"blocks": blocks.reshape(rows, -1)})
+
+
+def fitting(spec: str, columns: int) -> int:
+    """The next number of columns that `spec` takes."""
+    fmt = parse(spec)
+    return columns + -columns % fmt.block if isinstance(fmt, GgmlFormat) else columns
 
 
 @pytest.fixture

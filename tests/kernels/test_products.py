@@ -10,12 +10,15 @@ from fewbit.formats import parse
 from fewbit.kernels import cpu as cpu_module
 from fewbit.kernels import dense, reference
 from fewbit.qtensor import QTensor
+from tests.kernels.conftest import GGML, fitting
 
 AFFINE = [
     *(f"int{bits}g32" for bits in range(2, 9)),
+    *("int2g16", "int3g16a", "int4g16", "int5g16a", "int6g16", "int7g16", "int8g16a"),
     *("int2g64a", "int3g64a", "int4g64a", "int8g64a", "int5", "int4", "int4a", "int8", "int8a", "int4g96", "int4g64"),
 ]
-GGML = ["gguf:q4_0", "gguf:q4_1", "gguf:q8_0"]
+# with a table: 4 and 3 bits, groups of whole blocks and of halves
+TABLED = ["gguf:iq4_xs", "gguf:nvfp4", "gguf:iq2_xxs", "gguf:iq2_xs"]
 TOKENS = [1, 2, 3, 8, 16, 17, 31, 32, 33, 256]
 # odd rows and columns, last groups and blocks that are cut short
 SHAPES = [(1, 1), (16, 32), (17, 33), (5, 100), (63, 161), (50, 576)]
@@ -43,14 +46,27 @@ def assert_product(y: Tensor, x: Tensor, w: Tensor, bound: float = 1e-5, size: T
 def sizes(q: QTensor) -> Tensor:
     """What |w| is rounded from: with an offset, scale * code and the offset are summed apart and may cancel."""
     a = parse(q.spec).affine(q)
-    if a.offset is None:
+    if a is None or a.offset is None:
         return parse(q.spec).dequantize(q).double().abs()
     spread = [p.double().abs().repeat_interleave(a.span, 1)[:, : q.shape[1]] for p in (a.scale, a.offset)]
     return a.codes.double() * spread[0] + spread[1]
 
 
-@pytest.mark.parametrize(("spec", "bits"), [("int4g64a", 4 + (16 + 8) / 64), ("gguf:q4_1", 4 + (16 + 16) / 32)])
-def test_what_a_group_adds_takes_the_bytes_it_is_stored_in(native, make_tensor, spec, bits):
+# bits a weight in memory: codes, then what each group or super has
+BYTES = [
+    *[("int4g64a", 4 + (16 + 8) / 64), ("gguf:q4_1", 4 + (16 + 16) / 32), ("int4g16", 4 + 16 / 16)],
+    *[("gguf:q2_k", 2 + 16 / 16 + 32 / 256), ("gguf:q3_k", 3 + 8 / 16 + 16 / 256)],
+    *[(f"gguf:q{bits}_k", bits + 16 / 32 + 32 / 256) for bits in (4, 5)],
+    *[("gguf:q6_k", 6 + 8 / 16 + 16 / 256), ("gguf:iq4_xs", 4 + 8 / 32 + 16 / 256), ("gguf:iq4_nl", 4 + 16 / 32)],
+    *[("gguf:mxfp4", 4 + 16 / 32), ("gguf:nvfp4", 4 + 16 / 16), ("gguf:tq1_0", 2 + 16 / 256)],
+    *[(f"gguf:{name}", 3 + 8 / 32 + 32 / 256) for name in ("iq2_xxs", "iq1_s")],
+    *[(f"gguf:{name}", 3 + 8 / 16 + 32 / 256) for name in ("iq2_xs", "iq2_s", "iq1_m")],
+    *[("gguf:iq3_xxs", 4 + 8 / 32 + 32 / 256), ("gguf:iq3_s", 4 + 8 / 32 + 16 / 256)],
+]
+
+
+@pytest.mark.parametrize(("spec", "bits"), BYTES)
+def test_scales_and_what_a_group_adds_take_the_bytes_they_are_stored_in(native, make_tensor, spec, bits):
     packed = native.prepare([make_tensor(spec, 128, 1024)])
     assert packed.nbytes * 8 == bits * 128 * 1024
 
@@ -59,8 +75,8 @@ def test_what_a_group_adds_takes_the_bytes_it_is_stored_in(native, make_tensor, 
 @pytest.mark.parametrize("spec", AFFINE + GGML)
 def test_native_product_is_that_of_rounded_activations(each_isa, make_tensor, random, spec):
     for rows, columns in SHAPES:
-        if spec in GGML and columns % 32:
-            columns += -columns % 32
+        # halves of blocks want whole ones
+        columns = -(-columns // 32) * 32 if "g16" in spec else fitting(spec, columns)
         q = make_tensor(spec, rows, columns)
         w = parse(spec).dequantize(q).double()
         packed = each_isa.prepare([q])
@@ -110,9 +126,12 @@ def test_rounding_activations_costs_at_most_half_a_step(each_isa, make_tensor, r
     assert (error <= 1.001 * half_step @ w.abs().T).all()
 
 
-@pytest.mark.parametrize("spec", ["int4g32", "int4g64a", "int8", "int8a"])
+@pytest.mark.parametrize(
+    "spec", ["int4g32", "int4g64a", "int8", "int8a", "int6g16a", "gguf:q2_k", "gguf:q4_k", *TABLED]
+)
 def test_a_row_does_not_depend_on_the_batch_or_the_threads(each_isa, make_tensor, random, spec):
-    q, x = make_tensor(spec, 77, 333), random(256, 333)
+    columns = 333 if spec in ("int4g32", "int4g64a", "int8", "int8a") else 512
+    q, x = make_tensor(spec, 77, columns), random(256, columns)
     packed = each_isa.prepare([q])
     each_isa.set_threads(1)
     together = each_isa.matmul(x, packed)
@@ -126,8 +145,9 @@ def test_a_row_does_not_depend_on_the_batch_or_the_threads(each_isa, make_tensor
 
 
 def test_instruction_sets_agree(native, make_tensor, random):
-    for spec in ("int2g32", "int3g64a", "int4g32", "int4g64a", "int5", "int6g32", "int8", "int8a"):
-        q, x = make_tensor(spec, 33, 300), random(9, 300)
+    for spec in ("int2g32", "int3g64a", "int4g32", "int4g64a", "int5", "int6g32", "int8", "int8a", *GGML):
+        columns = fitting(spec, 300) if spec in GGML else 300
+        q, x = make_tensor(spec, 33, columns), random(9, columns)
         packed, results = native.prepare([q]), []
         for name, reason in native.instruction_sets().items():
             if reason is None:
@@ -139,13 +159,13 @@ def test_instruction_sets_agree(native, make_tensor, random):
 
 
 def test_tensors_of_different_kinds_stack_into_one_product(each_isa, make_tensor, random):
-    specs = ["int4g64", "int4g64", "int8", "int4g64a", "gguf:q4_0", "int3g64"]
-    tensors = [make_tensor(spec, 5 + 7 * i, 192) for i, spec in enumerate(specs)]
+    specs = ["int4g64", "int4g64", "int8", "int4g64a", "gguf:q4_k", "int3g64", "gguf:q6_k", "gguf:iq4_xs"]
+    tensors = [make_tensor(spec, 5 + 7 * i, 256) for i, spec in enumerate(specs)]
     packed = each_isa.prepare(tensors)
-    assert packed.splits == (5, 12, 19, 26, 33, 40)
+    assert packed.splits == (5, 12, 19, 26, 33, 40, 47, 54)
     w = torch.cat([parse(q.spec).dequantize(q) for q in tensors])
     for tokens in (1, 11):
-        x = random(tokens, 192)
+        x = random(tokens, 256)
         assert_product(each_isa.matmul(x, packed), rounded(x), w.double())
     ids = torch.randperm(len(w))
     torch.testing.assert_close(each_isa.rows(packed, ids), w[ids], rtol=1e-6, atol=1e-5)
@@ -160,21 +180,21 @@ def test_tensors_that_agree_share_a_block(native, make_tensor):
 
 
 def test_big_tensors_are_packed_in_slices(native, make_tensor, random, monkeypatch):
-    for spec in ("int4g32", "int3g32a", "gguf:q8_0"):
-        q, x = make_tensor(spec, 70, 96), random(3, 96)
+    for spec in ("int4g32", "int3g32a", "gguf:q8_0", "gguf:q4_k", "gguf:iq2_xs"):
+        q, x = make_tensor(spec, 70, 768), random(3, 768)
         whole = native.matmul(x, native.prepare([q]))
-        monkeypatch.setattr(cpu_module, "SLICE_WEIGHTS", 96 * 9)
+        monkeypatch.setattr(cpu_module, "SLICE_WEIGHTS", 768 * 9)
         assert torch.equal(native.matmul(x, native.prepare([q])), whole)
         monkeypatch.undo()
 
 
-@pytest.mark.parametrize("spec", ["int4g32", "int3g64a", "int8", "gguf:q4_1", "gguf:q8_0"])
+@pytest.mark.parametrize("spec", ["int4g32", "int3g64a", "int8", "int6g16", *GGML])
 def test_rows_are_the_dequantized_ones(native, make_tensor, spec):
-    q = make_tensor(spec, 45, 160)
+    q = make_tensor(spec, 45, fitting(spec, 160))
     packed, ids = native.prepare([q]), torch.tensor([44, 0, 17, 17, 15, 16, 31])
     # an offset is added after the product, so the last bit may differ where a format subtracts the zero point first
     torch.testing.assert_close(native.rows(packed, ids), parse(spec).dequantize(q)[ids], rtol=1e-6, atol=1e-5)
-    assert native.rows(packed, torch.empty(0, dtype=torch.int64)).shape == (0, 160)
+    assert native.rows(packed, torch.empty(0, dtype=torch.int64)).shape == (0, q.shape[1])
     for wrong in (-1, 45, 2**62):
         with pytest.raises(IndexError, match=r"0 \.\. 44"):
             native.rows(packed, torch.tensor([3, wrong]))
@@ -224,6 +244,8 @@ def test_what_is_not_finite_comes_through(each_isa, make_tensor):
 def test_refusals_are_in_words(native, make_tensor):
     assert "groups of 48" in native.refuses(make_tensor("int4g48", 4, 96))
     assert native.refuses(make_tensor("int4g48", 4, 48)) is None
+    assert "groups of 16" in native.refuses(make_tensor("int4g16", 4, 100))
+    assert native.refuses(make_tensor("int4g16", 4, 96)) is None
     assert "not scale times code" in native.refuses(make_tensor("bf16", 4, 64))
     assert "not one of" in dense.backend().refuses(make_tensor("int8", 4, 64))
     with pytest.raises(Exception, match="groups of 48"):

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 import fewbit
-from fewbit import calibrated
+from fewbit import passes
 from fewbit.blocks import FloatBlock, FloatLinear, embed, fast_product
-from fewbit.calibrated import collect, propagate
 from fewbit.checkpoint import open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
+from fewbit.passes import collect, propagate
 from fewbit.source import Source, open_source
 from tests.conftest import CONFIG, random_weights, write_folder
 from tests.models.test_llama import CONFIGS
@@ -80,7 +80,7 @@ def test_hessians_equal_a_sum_over_hooked_inputs(
     tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # batches of two windows, the last of one
-    monkeypatch.setattr(calibrated, "BATCH_TOKENS", 2 * LENGTH)
+    monkeypatch.setattr(passes, "BATCH_TOKENS", 2 * LENGTH)
     folder = written(tmp_path, **changes)
     inputs = seen_by(transformers_model(folder), WINDOWS)
     source = open_source(folder)

@@ -11,7 +11,7 @@ import torch
 
 import fewbit
 from fewbit.errors import FewbitError
-from fewbit.layers import Rope, RopeArgs
+from fewbit.rotary import Rope, RopeArgs
 from fewbit.runtime.cache import Sequence
 from fewbit.runtime.engine import LanguageModel
 from tests.conftest import CONFIG, random_weights, write_folder
@@ -239,8 +239,8 @@ def test_a_positions_angles_are_the_same_bits_whenever_they_are_asked_for(width:
 
 
 def test_unknown_rope_scaling_is_an_error() -> None:
-    with pytest.raises(FewbitError, match="yarn"):
-        RopeArgs.from_config({"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 1e4})
+    with pytest.raises(FewbitError, match="spiral"):
+        RopeArgs.from_config({"rope_scaling": {"type": "spiral", "factor": 4.0}, "rope_theta": 1e4})
 
 
 def test_old_spelling_of_rope_means_the_same() -> None:

@@ -97,7 +97,7 @@ def test_a_failed_load_leaves_nothing(model: Path, monkeypatch: pytest.MonkeyPat
         assert files()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fewbit.models.llama.rope", broken)
+    monkeypatch.setattr("fewbit.models._decoder.rope", broken)
     with pytest.raises(KeyboardInterrupt):
         fewbit.load(model)
     assert not files()

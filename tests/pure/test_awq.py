@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewbit import calibrated
+from fewbit import passes
 from fewbit.blocks import FloatBlock
-from fewbit.calibrated import BlockSolver, collect
+from fewbit.calibrated import BlockSolver
 from fewbit.formats import parse
 from fewbit.methods import Feed, Target, awq
+from fewbit.passes import collect
 from fewbit.source import open_source
 from tests.conftest import CONFIG, random_weights, write_folder
 from tests.pure._textbook import WIDTHS, Array, Grid, array, inputs, integer, spec
@@ -232,7 +233,7 @@ def test_a_prepared_block_computes_what_it_did(tmp_path: Path, changes: dict[str
 
 def test_statistics_are_means_over_the_inputs_of_each_linear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # several batches, the last one shorter
-    monkeypatch.setattr(calibrated, "BATCH_TOKENS", 100)
+    monkeypatch.setattr(passes, "BATCH_TOKENS", 100)
     block, _, x = walked(tmp_path)
     reference = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
     seen: list[list[Array]] = []

@@ -269,7 +269,7 @@ def test_text_that_is_not_utf8_in_a_lazy_array_is_an_error_when_read(tmp_path: P
         list(array)
 
 
-@pytest.mark.parametrize(("kind", "called"), [(14, "q6_k"), (4711, "number 4711")])
+@pytest.mark.parametrize(("kind", "called"), [(15, "q8_k"), (4711, "number 4711")])
 def test_a_type_that_is_not_readable_is_named_when_asked_for(tmp_path: Path, kind: int, called: str) -> None:
     path = tmp_path / "k.gguf"
     path.write_bytes(build(tensors=[tensor("norm", (64,)), tensor("t", (256, 2), kind=kind, offset=256)]))
@@ -280,7 +280,7 @@ def test_a_type_that_is_not_readable_is_named_when_asked_for(tmp_path: Path, kin
     for ask in asks:
         with pytest.raises(FewbitError, match=f"{called} of 't'") as caught:
             ask("t")
-        assert "readable: f32, f16, q4_0, q4_1, q8_0, bf16" in caught.value.facts
+        assert "readable: f32, f16, q4_0, q4_1, q5_0, q5_1, q8_0, q2_k" in caught.value.facts
         assert "1 tensors of f32" in caught.value.facts
 
 

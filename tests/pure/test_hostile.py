@@ -16,8 +16,8 @@ import fewbit
 from fewbit.checkpoint import _folder
 from fewbit.checkpoint._safetensors import Shards
 from fewbit.errors import FewbitError
-from fewbit.layers import RopeArgs
 from fewbit.models import llama
+from fewbit.rotary import RopeArgs
 from fewbit.source import open_source
 from fewbit.tokenizer.chat_template import ChatTemplate
 from tests.conftest import CONFIG
@@ -186,13 +186,13 @@ def test_a_template_renders_again_and_again() -> None:
 def test_values_of_a_config_are_checked_before_use(changes: dict[str, Any], key: str) -> None:
     start = time.process_time()
     with pytest.raises(FewbitError, match=key) as caught:
-        llama.weights(llama.Args.from_config(CONFIG | changes))
+        llama.weights(llama.args(CONFIG | changes))
     assert time.process_time() - start < 1
     assert len(str(caught.value)) < 600
 
 
 def test_null_stands_for_the_default_where_configs_use_it() -> None:
-    args = llama.Args.from_config(CONFIG | {"head_dim": None, "rope_parameters": None, "num_key_value_heads": None})
+    args = llama.args(CONFIG | {"head_dim": None, "rope_parameters": None, "num_key_value_heads": None})
     assert (args.head_dim, args.num_key_value_heads, args.rope) == (16, 4, RopeArgs(10000.0))
 
 
@@ -222,7 +222,7 @@ GGUF: dict[str, Any] = {
 def test_metadata_of_a_gguf_file_is_checked(changes: dict[str, Any]) -> None:
     metadata = GGUF | {f"llama.{key}": value for key, value in changes.items()}
     with pytest.raises(FewbitError):
-        llama.Args.from_config(llama.gguf_config(metadata, set(), lambda _: torch.ones(8)))
+        llama.args(llama.gguf_config(metadata, set(), lambda _: torch.ones(8)))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": LOW | {"formats", "store"},
     "prepared": {"qtensor", "store", "kernels"},
     "layers": LOW | {"config_values", "formats", "kernels", "prepared"},
-    "models": LOW | {"config_values", "formats", "kernels", "layers"},
+    "rotary": {"errors", "config_values"},
+    "models": LOW | {"config_values", "formats", "kernels", "layers", "rotary"},
     "checkpoint": LOW | {"config_values", "formats"},
     "tokenizer": {"errors", "checkpoint"},
     "scoring": {"tokenizer"},
@@ -42,17 +43,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference_cache": {"store", "scoring", "source"},
     "runtime": LOW | {"formats", "kernels", "layers", "models", "checkpoint", "tokenizer", "store", "source", "memory"},
     "blocks": LOW | {"formats", "kernels", "layers", "source"},
-    "calibrated": LOW | {"formats", "methods", "source", "blocks"},
+    "passes": LOW | {"methods", "blocks"},
+    "feeds": LOW | {"methods", "source", "blocks"},
+    "calibrated": LOW | {"formats", "methods", "source", "blocks", "feeds"},
     "scratch": set(),
-    "sensitivity": LOW | {"formats", "layers", "source", "blocks", "calibrated", "scratch"},
-    "preflight": LOW | {"formats", "methods", "source", "blocks", "calibrated", "sensitivity"},
+    "sensitivity": LOW | {"formats", "layers", "source", "blocks", "passes", "scratch"},
+    "preflight": LOW | {"formats", "methods", "source", "blocks", "passes", "sensitivity"},
     "walk": LOW | {"formats", "methods", "checkpoint", "source", "blocks", "calibrated", "scratch", "sensitivity"},
 }
-MAY_IMPORT["walk"] |= {"preflight"}
+MAY_IMPORT["walk"] |= {"preflight", "passes"}
+MAY_IMPORT["companions"] = {"checkpoint", "source", "tokenizer"}
+MAY_IMPORT["exports"] = MAY_IMPORT["walk"] | {"walk", "companions", "models", "config_values", "tokenizer", "store"}
 MAY_IMPORT["runtime"] |= {"prepared", "random_models"}
 MAY_IMPORT["self_calibration"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
 MAY_IMPORT["quantizer"] = MAY_IMPORT["walk"] | {"walk", "models", "tokenizer", "store", "calibration"}
-MAY_IMPORT["quantizer"] |= {"self_calibration"}
+MAY_IMPORT["quantizer"] |= {"self_calibration", "companions"}
+MAY_IMPORT["engines"] = {"errors"}
+MAY_IMPORT["verification"] = MAY_IMPORT["runtime"] | {"runtime", "engines"}
 MAY_IMPORT["evaluator"] = MAY_IMPORT["runtime"] | {"runtime", "calibration", "scoring", "reference_cache", "quality"}
 MAY_IMPORT["tasks"] = MAY_IMPORT["runtime"] | {"runtime"}
 MAY_IMPORT["report"] = {"errors", "qtensor", "formats", "models", "source", "evaluator", "quality"}

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from fewbit.blocks import FloatBlock
-from fewbit.calibrated import BlockSolver, Goals, Solved, collect
+from fewbit.calibrated import BlockSolver, Goals, Solved
 from fewbit.formats import Format, parse
 from fewbit.formats.integer import IntegerFormat
 from fewbit.methods import BlockPart, Target, gptq, tuned
 from fewbit.methods.tuned import CELL, Levels
+from fewbit.passes import collect
 from fewbit.qtensor import QTensor
 from fewbit.source import open_source
 from tests.conftest import write_folder

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewbit.checkpoint import _journal as journal
 from fewbit.checkpoint._journal import Journal
@@ -30,6 +32,8 @@ from fewbit.qtensor import QTensor
 # part of a format -> what is added to the tensor's name, as compressed-tensors spells it
 SPELLING = {"packed": "_packed", "scale": "_scale", "zero": "_zero_point"}
 SHARD_BYTES = 4 << 30
+# config_groups that are written
+MOST_SCHEMES = 8
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ class Planned:
         found = {f"{self.name}{SPELLING[part]}": where for part, where in layout.items()}
         return found | {f"{self.name}_shape": (torch.int64, (2,))}
 
+    def spelled(self, q: QTensor) -> dict[str, Tensor]:
+        """A piece's parts under the names of `stored`."""
+        return {self.name + SPELLING.get(part, ""): data for part, data in q.parts.items()}
+
 
 def quantization_config(tensors: Sequence[Planned], linears: set[str]) -> dict[str, Any] | None:
     """`quantization_config` of config.json: compressed-tensors where it can say it, else fewbit; None if nothing is
@@ -61,16 +69,42 @@ def quantization_config(tensors: Sequence[Planned], linears: set[str]) -> dict[s
     packed = [t for t in tensors if isinstance(t.format, IntegerFormat)]
     if not packed:
         return None
-    fmt = packed[0].format
-    sayable = (
-        len({t.spec for t in packed}) == 1
-        and isinstance(fmt, IntegerFormat)
+    specs = Counter(t.spec for t in packed)
+    if not all(t.name in linears and _sayable(t) for t in packed) or len(specs) > MOST_SCHEMES:
+        return {"quant_method": "fewbit", "format": "pack-quantized", "specs": sorted(specs)}
+    (usual, _), *others = specs.most_common()
+    groups = {"group_0": _group(usual, ["Linear"])}
+    # a module's name goes before its class
+    for i, (spec, _) in enumerate(others):
+        groups[f"group_{i + 1}"] = _group(spec, sorted(_modules({t.name for t in packed if t.spec == spec})))
+    names = {t.name for t in packed}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": sorted({n.removesuffix(".weight") for n in linears - names} | {"lm_head"} - _modules(names)),
+        "config_groups": groups,
+    }
+
+
+def _sayable(t: Planned) -> bool:
+    """Whether compressed-tensors can say it: 4 or 8 bits, whole groups, zero points that fill their words."""
+    fmt = t.format
+    return (
+        isinstance(fmt, IntegerFormat)
         and fmt.bits in (4, 8)
-        and all(t.name in linears and t.shape[1] % fmt.span(t.shape[1]) == 0 for t in packed)
-        and not any(fmt.asymmetric and t.shape[0] % (32 // fmt.bits) for t in packed)
+        and t.shape[1] % fmt.span(t.shape[1]) == 0
+        and not (fmt.asymmetric and t.shape[0] % (32 // fmt.bits))
     )
-    if not sayable or not isinstance(fmt, IntegerFormat):
-        return {"quant_method": "fewbit", "format": "pack-quantized", "specs": sorted({t.spec for t in packed})}
+
+
+def _group(spec: str, targets: list[str]) -> dict[str, Any]:
+    """One of `config_groups`."""
+    fmt = parse(spec)
+    if not isinstance(fmt, IntegerFormat):
+        raise TypeError(spec)
     scheme = {
         "num_bits": fmt.bits,
         "type": "int",
@@ -79,18 +113,8 @@ def quantization_config(tensors: Sequence[Planned], linears: set[str]) -> dict[s
         "group_size": fmt.group,
         "dynamic": False,
     }
-    names = {t.name for t in packed}
-    group: dict[str, Any] = {"targets": ["Linear"], "format": "pack-quantized", "weights": scheme}
-    group |= {"input_activations": None, "output_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "global_compression_ratio": None,
-        "kv_cache_scheme": None,
-        "ignore": sorted({n.removesuffix(".weight") for n in linears - names} | {"lm_head"} - _modules(names)),
-        "config_groups": {"group_0": group},
-    }
+    group: dict[str, Any] = {"targets": targets, "format": "pack-quantized", "weights": scheme}
+    return group | {"input_activations": None, "output_activations": None}
 
 
 def _modules(names: set[str]) -> set[str]:
@@ -249,8 +273,8 @@ class Writer:
         """One tensor, in pieces of rows; all but the last must hold a multiple of 32 rows."""
         writer = self.home[planned.name]
         for q in pieces:
-            for part, data in q.parts.items():
-                writer.write(planned.name + SPELLING.get(part, ""), data)
+            for name, data in planned.spelled(q).items():
+                writer.write(name, data)
         if f"{planned.name}_shape" in writer.place:
             writer.write(f"{planned.name}_shape", torch.tensor(planned.shape))
 

@@ -27,20 +27,28 @@ from fewbit.errors import FewbitError
 from fewbit.lookup import nearest
 from fewbit.qtensor import QTensor
 
-# ggml_type -> spec: what can be read
-SPECS: Final[dict[int, str]] = {0: "f32", 1: "f16", 2: "gguf:q4_0", 3: "gguf:q4_1", 8: "gguf:q8_0", 30: "bf16"}
-# ggml_type -> name of the others (ggml.h), to say what a file holds
+# ggml_type -> name (ggml.h)
 # fmt: off
-OTHER_TYPES: Final[dict[int, str]] = {
-    6: "q5_0", 7: "q5_1", 9: "q8_1", 10: "q2_k", 11: "q3_k", 12: "q4_k", 13: "q5_k", 14: "q6_k", 15: "q8_k",
-    16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs", 19: "iq1_s", 20: "iq4_nl", 21: "iq3_s", 22: "iq2_s", 23: "iq4_xs",
-    24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64", 29: "iq1_m", 34: "tq1_0", 35: "tq2_0", 39: "mxfp4",
+TYPE_NAMES: Final[dict[int, str]] = {
+    0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 9: "q8_1", 10: "q2_k", 11: "q3_k",
+    12: "q4_k", 13: "q5_k", 14: "q6_k", 15: "q8_k", 16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs", 19: "iq1_s",
+    20: "iq4_nl", 21: "iq3_s", 22: "iq2_s", 23: "iq4_xs", 24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64",
+    29: "iq1_m", 30: "bf16", 34: "tq1_0", 35: "tq2_0", 39: "mxfp4", 40: "nvfp4",
+    41: "q1_0", 42: "q2_0",
 }
+# activations while they are multiplied (q8_1, q8_k), plain numbers, and types no public file was seen to hold
+UNREAD: Final = {"q8_1", "q8_k", "i8", "i16", "i32", "i64", "f64", "q1_0", "q2_0"}
 # metadata value type -> struct code; 8 is a string, 9 an array
 SCALARS: Final[dict[int, str]] = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }
 # fmt: on
+# ggml_type -> spec: what can be read
+SPECS: Final[dict[int, str]] = {
+    number: name if name in ("f32", "f16", "bf16") else f"gguf:{name}"
+    for number, name in TYPE_NAMES.items()
+    if name not in UNREAD
+}
 STRING, ARRAY = 8, 9
 # longer arrays (vocabularies) are decoded when asked for
 EAGER_LENGTH = 1024
@@ -235,11 +243,11 @@ class Gguf(Checkpoint):
         """The spec of a tensor's ggml type; FewbitError where fewbit does not read that type."""
         kind = self._entry(name).kind
         if kind not in SPECS:
-            called = OTHER_TYPES.get(kind)
+            called = TYPE_NAMES.get(kind)
             raise FewbitError(
                 f"fewbit does not read the ggml type {called or f'number {kind}'} of {name!r}.",
                 f"{self.path.name} holds {self._census()}; readable: {', '.join(_type_name(k) for k in SPECS)}.",
-                "Use a file of the same model in Q4_0, Q4_1 or Q8_0, or quantize its safetensors with fewbit.",
+                "Use a file of the same model in another type, Q4_K say, or quantize its safetensors with fewbit.",
             )
         return SPECS[kind]
 
@@ -279,7 +287,7 @@ class Gguf(Checkpoint):
 
 
 def _type_name(kind: int) -> str:
-    return SPECS.get(kind, OTHER_TYPES.get(kind, f"type {kind}")).removeprefix("gguf:")
+    return TYPE_NAMES.get(kind, f"type {kind}")
 
 
 def _broken(path: Path, facts: str) -> FewbitError:

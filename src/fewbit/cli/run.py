@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if model.device_note:
         note(f"note: {model.device_note}")
+    for text in model.source.notes:
+        note(f"note: {text}")
     for reason in model.notes:
         note(f"note: the slow reference kernel runs part of this model. {reason}")
     if model.prepared_note:

@@ -25,6 +25,36 @@ Layout = dict[str, tuple[torch.dtype, Shape]]
 
 
 @dataclass(frozen=True)
+class TwoLevel:
+    """Scales, and maybe offsets, that are a whole number for each group times a float for several groups.
+
+    scale    f16 or f32 [out, supers]; steps  uint8 or int8 [out, groups]: a scale is scale * step
+    minimum  f16 [out, supers]; minimum_steps  uint8 [out, groups]: an offset is -(minimum * minimum_step)
+    The products are exact in float32.
+    """
+
+    scale: Tensor
+    steps: Tensor
+    minimum: Tensor | None = None
+    minimum_steps: Tensor | None = None
+
+    def scales(self) -> Tensor:
+        """float32 [out, groups]."""
+        return _product(self.scale, self.steps)
+
+    def offsets(self) -> Tensor | None:
+        """float32 [out, groups], or None."""
+        if self.minimum is None or self.minimum_steps is None:
+            return None
+        return _product(self.minimum, self.minimum_steps).neg_()
+
+
+def _product(scale: Tensor, steps: Tensor) -> Tensor:
+    groups = steps.reshape(*scale.shape, -1).float()
+    return groups.mul_(scale.float()[..., None]).flatten(1)
+
+
+@dataclass(frozen=True)
 class Affine:
     """A matrix as `scale * code + offset` per group of `span` columns: what integer kernels multiply by.
 
@@ -35,6 +65,7 @@ class Affine:
     span    columns that share a scale
     bits    codes are below 2**bits
     zeros   uint8 [out, groups] where offset = -scale * zeros in float32: the same in a quarter of the bytes
+    two_level  the same scales and offsets, where they are products
     """
 
     codes: Tensor
@@ -44,6 +75,24 @@ class Affine:
     span: int
     bits: int
     zeros: Tensor | None = None
+    two_level: TwoLevel | None = None
+
+
+@dataclass(frozen=True)
+class Tabled:
+    """A matrix as `scale * levels[code]` per group of `span` columns: what kernels multiply by that look codes up.
+
+    codes   uint8 [out, in], below 2**bits, of at most 4 bits
+    levels  whole numbers from -127 to 127
+    scale   bf16, f16 or f32 [out, groups]; two_level: the same, where they are products
+    """
+
+    codes: Tensor
+    levels: tuple[int, ...]
+    scale: Tensor
+    span: int
+    bits: int
+    two_level: TwoLevel | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +181,10 @@ class Format(ABC):
         """The tensor as scale, code and offset, where the format is that simple; None otherwise."""
         return None
 
+    def tabled(self, q: QTensor) -> Tabled | None:
+        """The tensor as scale and a table of levels, where the format has one; None otherwise."""
+        return None
+
     def dequantize(self, q: QTensor) -> Tensor:
         """float32 weights of the logical shape."""
         return self.value(*self.unpack(q)).reshape(q.shape)
@@ -157,6 +210,6 @@ def parse(spec: str) -> Format:
     raise FewbitError(
         f"{spec!r} is not a format.",
         "Formats: intN or intNgM or intNgMa with N from 2 to 8 bits and M columns a group (a: asymmetric); "
-        "f32, f16, bf16; gguf:q4_0, gguf:q4_1, gguf:q8_0 (read only).",
+        "f32, f16, bf16; gguf:TYPE with a type of ggml such as q4_0, q6_k or iq4_xs (read only).",
         "Try int8, int4g64, int4g32 or int4g64a.",
     )

@@ -14,8 +14,7 @@ Parts of a tensor [out, in] with G = ceil(in / group) groups; a last group may b
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +23,8 @@ from torch import Tensor
 from fewbit.formats import Affine, Format, Layout, Params, Scaled, Shape
 from fewbit.formats import _scale_search as scales
 from fewbit.formats._bitstream import pack_rows, unpack_rows, words
+from fewbit.formats._cores import GPU_SLICE_WEIGHTS, SLICE_WEIGHTS, on_all_cores
 from fewbit.qtensor import QTensor
-
-# rows are searched in slices that stay in a core's cache
-SLICE_WEIGHTS = 1 << 17
-# a GPU wants few large operations; the search holds about ten copies of a slice
-GPU_SLICE_WEIGHTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ class IntegerFormat(Format):
             part = slice(start, start + rows)
             return self._fit_rows(w[part].float(), None if h is None else h[part], dtype, search)
 
-        pieces = _on_all_cores(fit_slice, range(0, len(w), rows), w.device)
+        pieces = on_all_cores(fit_slice, range(0, len(w), rows), w.device)
         return {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
 
     def _fit_rows(self, w: Tensor, h: Tensor | None, dtype: torch.dtype, search: bool) -> Params:
@@ -187,21 +182,6 @@ class IntegerFormat(Format):
             return Affine(codes, params["scale"], 2 ** (self.bits - 1), None, span, self.bits)
         offset = -params["scale"].float() * params["zero"].float()
         return Affine(codes, params["scale"], None, offset, span, self.bits, params["zero"])
-
-
-def _on_all_cores(work: Callable[[int], Params], starts: range, device: torch.device) -> list[Params]:
-    """One thread a slice, torch single-threaded in each: hundreds of small operations that each wait for all cores
-    are many times slower once another process wants one of them.
-    """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or len(starts) == 1:
-        return [work(start) for start in starts]
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(work, starts))
-    finally:
-        # the workers' setting is also the default of threads to come
-        torch.set_num_threads(threads)
 
 
 def _slices(w: Tensor, params: Params) -> Iterator[tuple[slice, Params]]:

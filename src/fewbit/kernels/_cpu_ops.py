@@ -113,13 +113,24 @@ class CpuOps(Ops):
             raise _slots_out_of_range(slots, k_cache.shape[0])
         return out
 
-    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: Batch,
+        scale: float,
+        window: int = 0,
+        soft_cap: float = 0.0,
+    ) -> Tensor:
         """q [T, H, D] -> [T, H * D]; IndexError where the batch leaves the cache."""
         tokens, heads, width = q.shape
         kv = k_cache.shape[1]
         taken = (
             width % 16 == 0
             and heads % kv == 0
+            and not window
+            and not soft_cap
             and q.dtype is torch.float32
             and q.is_cpu
             and q.is_contiguous()
@@ -127,7 +138,7 @@ class CpuOps(Ops):
             and _is_paged(batch)
         )
         if not taken:
-            return super().attend(q, k_cache, v_cache, batch, scale)
+            return super().attend(q, k_cache, v_cache, batch, scale, window, soft_cap)
         out = torch.empty(tokens, heads * width)
         attended = self.native.attend(
             q.data_ptr(),
@@ -154,7 +165,7 @@ class CpuOps(Ops):
 
     def stack(self, layers: Sequence[Layer]) -> Stack:
         """A step is native as a whole where the native code takes every part of every layer."""
-        taken = layers and all(_takes(self.native, layer, layers[0].attention_norm.shape[0]) for layer in layers)
+        taken = layers and all(_takes(self.native, layer, layers[0].norm.shape[0]) for layer in layers)
         return NativeStack(self, layers) if taken else super().stack(layers)
 
 
@@ -165,8 +176,7 @@ class NativeStack(Stack):
         self.native: Any = ops.native.Stack()
         for layer in layers:
             self.native.add(
-                layer.attention_norm.data_ptr(),
-                layer.mlp_norm.data_ptr(),
+                *(0 if norm is None else norm.data_ptr() for norm in (layer.attention_norm, layer.mlp_norm)),
                 layer.eps,
                 *(_matrix(ops.native, p) for p in (layer.qkv, layer.o, layer.gate_up, layer.down)),
                 layer.heads,
@@ -187,7 +197,7 @@ class NativeStack(Stack):
         """x [T, d] -> [T, d]; IndexError where a slot or a page leaves the cache, with nothing written."""
         tokens, first = x.shape[0], self.layers[0]
         taken = (
-            _is_rows(x, first.attention_norm.shape[0])
+            _is_rows(x, first.norm.shape[0])
             and all(_is_rows(t, first.width // 2) and t.shape[0] == tokens for t in (cos, sin))
             and _are_indices(batch.slots)
             and batch.slots.shape == (tokens,)
@@ -242,13 +252,13 @@ def _matrix(native: ModuleType, product: Product) -> Any:
 def _takes(native: ModuleType, layer: Layer, d: int) -> bool:
     """Whether the native code runs this layer, over a hidden state of width `d`."""
     qkv, o, gate_up, down = (_matrix(native, p) for p in (layer.qkv, layer.o, layer.gate_up, layer.down))
-    if qkv is None or o is None or gate_up is None or down is None:
+    if not layer.is_plain or qkv is None or o is None or gate_up is None or down is None:
         return False
     heads, inner = layer.heads * layer.width, down.column_count
     shapes = [(m.row_count, m.column_count) for m in (qkv, o, gate_up, down)]
     return (
         shapes == [(heads + 2 * layer.kv_heads * layer.width, d), (d, heads), (2 * inner, d), (d, inner)]
-        and all(_is_rows(norm[None], d) for norm in (layer.attention_norm, layer.mlp_norm))
+        and all(norm is not None and _is_rows(norm[None], d) for norm in (layer.attention_norm, layer.mlp_norm))
         and layer.activation == "silu"
         and layer.width % 16 == 0
         and layer.heads % layer.kv_heads == 0

@@ -62,13 +62,13 @@ class CudaOps(Ops):
             return super().rms_norm(x, weight, eps)
         return self.add_norm(x, None, weight, eps)
 
-    def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor | None, eps: float) -> Tensor:
         """x [T, n] += delta [T, n], in place; the norm of that [T, n]."""
         out = torch.empty_like(x)
         self._add_norm(x, delta, weight, eps, out, None, None)
         return out
 
-    def norm_halves(self, x: Tensor, weight: Tensor, eps: float) -> Halves:
+    def norm_halves(self, x: Tensor, weight: Tensor | None, eps: float) -> Halves:
         """The norm of x [T, n] as the products take it."""
         tokens, n = x.shape
         found = _no_halves(tokens, n, x.device)
@@ -79,7 +79,7 @@ class CudaOps(Ops):
         self,
         x: Tensor,
         delta: Tensor | None,
-        weight: Tensor,
+        weight: Tensor | None,
         eps: float,
         out: Tensor | None,
         halves: Tensor | None,
@@ -335,13 +335,16 @@ def _is_rows(t: Tensor, columns: int) -> bool:
     )
 
 
-def _fits(norm: Tensor) -> bool:
+def _fits(norm: Tensor | None) -> bool:
+    if norm is None:
+        return False
     return norm.dtype is torch.float32 and norm.is_cuda and norm.shape[0] % 4 == 0 and norm.shape[0] <= MOST_HIDDEN
 
 
 def _takes(layer: Layer) -> bool:
     return (
-        layer.activation == "silu"
+        layer.is_plain
+        and layer.activation == "silu"
         and layer.width in WIDTHS
         and layer.heads % layer.kv_heads == 0
         and _fits(layer.attention_norm)

@@ -7,8 +7,7 @@ and scales in float32. Results do not depend on the number of threads, nor a row
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -17,20 +16,15 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import FewbitError
-from fewbit.formats import Affine, parse
 from fewbit.kernels import KeepingBackend, Packed, Room
 from fewbit.kernels._cores import most_threads, physical_cores
 from fewbit.kernels._cpu_ops import CpuOps
+from fewbit.kernels._cpu_rows import Kind, refuses, slices
 from fewbit.qtensor import QTensor
 
 DEVICES = ("cpu",)
-# columns whose activations share a scale, and which a span must not cut
-BLOCK = 32
 # larger tensors are unpacked and packed again in slices of rows, to bound the memory that takes
 SLICE_WEIGHTS = 1 << 24
-SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# of what a group adds to scale * code; uint8 stands for zero points
-OFFSET_TYPES = {None: 0, torch.float32: 1, torch.float16: 2, torch.uint8: 3}
 
 
 def _load() -> ModuleType | None:
@@ -44,27 +38,8 @@ def _load() -> ModuleType | None:
 _native = _load()
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What rows must agree in to lie in one block of the native layout."""
-
-    span: int
-    code_bits: int
-    scale_type: int
-    zero: int
-    offset_type: int
-
-    @classmethod
-    def of(cls, a: Affine) -> _Kind:
-        columns = a.codes.shape[1]
-        span = a.span if a.span < columns else columns
-        offsets = _offsets(a)
-        offset_type = OFFSET_TYPES[None if offsets is None else offsets.dtype]
-        return cls(span, 8 if a.bits == 7 else a.bits, SCALE_TYPES[a.scale.dtype], a.zero or 0, offset_type)
-
-
 class Cpu(KeepingBackend):
-    """Everything that is `scale * code + offset` with groups of whole blocks of 32 columns.
+    """All that is `scale * code + offset` or `scale * level`, with groups of whole blocks of 32 columns or of half.
 
     Threads, until told otherwise: the physical cores, but no more than torch uses (it obeys OMP_NUM_THREADS).
     """
@@ -105,20 +80,8 @@ class Cpu(KeepingBackend):
         self.native.set_isa(name)
 
     def refuses(self, q: QTensor) -> str | None:
-        """None where the tensor is affine with groups of whole blocks."""
-        if len(q.shape) != 2:
-            return f"{q.spec} of shape {q.shape} is not a matrix"
-        # a single row has the tensor's whole structure
-        if "g_idx" in q.parts:
-            return f"{q.spec} has groups of scattered columns (activation order)"
-        a = parse(q.spec).affine(parse(q.spec).take(q, torch.zeros(1, dtype=torch.int64)))
-        if a is None:
-            return f"{q.spec} is not scale times code plus offset"
-        if a.span % BLOCK and a.span < q.shape[1]:
-            return f"{q.spec} has groups of {a.span} columns, and the kernel takes multiples of {BLOCK}"
-        if a.scale.dtype not in SCALE_TYPES:
-            return f"{q.spec} has scales of {a.scale.dtype}"
-        return None
+        """None where the tensor is affine or has a table, with groups of whole blocks or of half a block."""
+        return refuses(q)
 
     def prepare(self, tensors: list[QTensor], room: Room | None = None) -> Packed:
         """Pack and stack; rows that agree in width, span, scale type and zero share a block. FewbitError if refused."""
@@ -129,7 +92,7 @@ class Cpu(KeepingBackend):
             if q.shape[1] != columns:
                 raise ValueError(f"stacked matrices need equal widths, got {columns} and {q.shape[1]}")
         matrix = self.native.Matrix(columns)
-        kinds = [_Kind.of(next(_slices(q, 1))[1]) for q in tensors]
+        kinds = [next(slices(q, 1))[1].kind for q in tensors]
         places: list[tuple[int, int]] = []
         block, first = -1, 0
         for i, (q, kind) in enumerate(zip(tensors, kinds, strict=True)):
@@ -167,26 +130,17 @@ class Cpu(KeepingBackend):
         """Of `count` bytes from `offset` on; ValueError where they leave the buffer."""
         return int(self.native.checksum(buffer, offset, count))
 
-    def _add_block(self, matrix: object, rows: int, kind: _Kind) -> int:
-        add = matrix.add_block  # type: ignore[attr-defined]
-        return int(add(rows, kind.span, kind.code_bits, kind.scale_type, kind.zero, kind.offset_type))
+    def _add_block(self, matrix: Any, rows: int, kind: Kind) -> int:
+        return int(matrix.add_block(rows, *astuple(kind)[:-1], list(kind.levels)))
 
-    def _fill(self, matrix: object, block: int, first: int, q: QTensor, kind: _Kind) -> None:
-        for start, a in _slices(q, max(1, SLICE_WEIGHTS // q.shape[1])):
-            count = len(a.codes)
-            groups = -(-q.shape[1] // kind.span)
-            codes, scale = a.codes.contiguous(), a.scale.contiguous()
-            offset = _offsets(a)
-            _expect("codes", codes, torch.uint8, (count, q.shape[1]))
-            _expect("scales", scale, scale.dtype, (count, groups))
-            if offset is not None:
-                offset = offset.contiguous()
-                _expect("offsets", offset, offset.dtype, (count, groups))
-            if _Kind.of(a) != kind:
-                raise ValueError(f"rows of one {q.spec} tensor disagree: {_Kind.of(a)} and {kind}")
-            offset_address = 0 if offset is None else offset.data_ptr()
-            fill = matrix.fill  # type: ignore[attr-defined]
-            fill(block, first + start, count, codes.data_ptr(), scale.data_ptr(), offset_address)
+    def _fill(self, matrix: Any, block: int, first: int, q: QTensor, kind: Kind) -> None:
+        for start, rows in slices(q, max(1, SLICE_WEIGHTS // q.shape[1])):
+            if rows.kind != kind:
+                raise ValueError(f"rows of one {q.spec} tensor disagree: {rows.kind} and {kind}")
+            # held until they are copied
+            parts = rows.parts()
+            addresses = [0 if part is None else part.data_ptr() for part in parts]
+            matrix.fill(block, first + start, len(rows.codes), *addresses)
 
     def matmul(self, x: Tensor, packed: Packed) -> Tensor:
         """x [T, in] float32 -> [T, out] float32; ValueError where x has another shape, dtype or device."""
@@ -213,30 +167,6 @@ class Cpu(KeepingBackend):
                 f"row ids must lie in 0 .. {packed.shape[0] - 1}, got {int(ids.min())} .. {int(ids.max())}"
             )
         return y
-
-
-def _offsets(a: Affine) -> Tensor | None:
-    """In the fewest bytes."""
-    return a.offset if a.zeros is None else a.zeros
-
-
-def _slices(q: QTensor, rows: int) -> Iterator[tuple[int, Affine]]:
-    """The tensor in slices of `rows` rows as (first row, affine); whole where it is no longer than that."""
-    fmt = parse(q.spec)
-    for start in range(0, q.shape[0], rows):
-        stop = min(q.shape[0], start + rows)
-        part = q if stop - start == q.shape[0] else fmt.take(q, torch.arange(start, stop))
-        a = fmt.affine(part)
-        if a is None:
-            raise ValueError(f"{q.spec} is not affine")
-        yield start, a
-
-
-def _expect(what: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if t.dtype != dtype or tuple(t.shape) != shape or not t.is_cpu:
-        raise ValueError(
-            f"{what} must be {dtype} {list(shape)} on the CPU, got {t.dtype} {list(t.shape)} on {t.device}"
-        )
 
 
 @lru_cache(maxsize=1)

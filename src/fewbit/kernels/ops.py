@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fewbit.kernels._layer import Experts, Layer, Product, no_product
+
+__all__ = ["Experts", "Layer", "Product", "no_product"]
 
 
 @dataclass(frozen=True)
@@ -37,32 +40,6 @@ class Batch:
 Cache = tuple[Tensor, Tensor]
 # magnitudes beyond float16's largest are held there: an infinity would make all scores NaN
 LARGEST_CACHED = torch.finfo(torch.float16).max
-
-
-class Product(Protocol):
-    """What multiplies by one or several stacked matrices: x [T, in] -> [T, out]."""
-
-    def __call__(self, x: Tensor, /) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The parts of one decoder layer over a hidden state of width d.
-
-    qkv [d -> (heads + 2 kv_heads) * width], o [heads * width -> d], gate_up [d -> 2n], down [n -> d]; norms [d].
-    """
-
-    attention_norm: Tensor
-    mlp_norm: Tensor
-    eps: float
-    qkv: Product
-    o: Product
-    gate_up: Product
-    down: Product
-    heads: int
-    kv_heads: int
-    width: int
-    activation: str
 
 
 class Ops:
@@ -104,10 +81,20 @@ class Ops:
         v_cache[slots] = cached(v, v_cache.dtype)
         return q
 
-    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: Batch,
+        scale: float,
+        window: int = 0,
+        soft_cap: float = 0.0,
+    ) -> Tensor:
         """Causal grouped-query attention of q [T, H, D] over the cached rows of each token's sequence -> [T, H * D].
 
-        Token i of a sequence with n new tokens and length L sees its first L - n + i + 1 rows.
+        Token i of a sequence with n new tokens and length L sees its first L - n + i + 1 rows, the last `window` of
+        them where that is not 0.
         """
         tokens, heads, width = q.shape
         out = torch.empty(tokens, heads * width, dtype=q.dtype, device=q.device)
@@ -117,30 +104,68 @@ class Ops:
             used = batch.pages[s, : -(-length // batch.page_size)]
             k, v = (uncached(_gather(c, used, batch.page_size, length), q.dtype) for c in (k_cache, v_cache))
             fresh = last - first
-            mask = None
-            if fresh > 1:
-                allowed = torch.arange(length - fresh, length, device=q.device)
-                mask = torch.arange(length, device=q.device)[None] <= allowed[:, None]
-            y = F.scaled_dot_product_attention(
-                q[first:last].transpose(0, 1)[None],
-                k.transpose(0, 1)[None],
-                v.transpose(0, 1)[None],
-                attn_mask=mask,
-                scale=scale,
-                enable_gqa=True,
-            )
+            mask = visible(length, fresh, window, q.device) if fresh > 1 or 0 < window < length else None
+            heads_first = (x.transpose(0, 1)[None] for x in (q[first:last], k, v))
+            y = attention(*heads_first, mask, scale, soft_cap)
             out[first:last] = y[0].transpose(0, 1).reshape(fresh, heads * width)
         return out
 
     def layer(self, x: Tensor, layer: Layer, cache: Cache, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         """x [T, d] + attention of its norm, then + the gated product of that one's norm -> [T, d]."""
+        x = x + self._after(self.attention(x, layer, cache, cos, sin, batch), layer.attention_after, layer.eps)
+        return x + self._after(self.feed_forward(x, layer), layer.mlp_after, layer.eps)
+
+    def attention(self, x: Tensor, layer: Layer, cache: Cache, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        """What a layer's attention makes of x [T, d] -> [T, d]."""
         heads, kv = layer.heads, layer.kv_heads
-        qkv = layer.qkv(self.rms_norm(x, layer.attention_norm, layer.eps))
+        qkv = layer.qkv(self._after(x, layer.attention_norm, layer.eps))
         q, k, v = qkv.unflatten(1, (heads + 2 * kv, layer.width)).split((heads, kv, kv), dim=1)
+        q, k = self.norm_heads(q, layer.q_norm, layer.eps), self.norm_heads(k, layer.k_norm, layer.eps)
         q = self.rotate_append(q, k, v, cos, sin, batch.slots, *cache)
-        x = x + layer.o(self.attend(q, *cache, batch, layer.width**-0.5))
-        gate_up = layer.gate_up(self.rms_norm(x, layer.mlp_norm, layer.eps))
-        return x + layer.down(self.gated(gate_up, layer.activation))
+        return layer.o(self.attend(q, *cache, batch, layer.score_scale, layer.window, layer.soft_cap))
+
+    def feed_forward(self, x: Tensor, layer: Layer) -> Tensor:
+        """What a layer's gated product, or its experts, make of x [T, d] -> [T, d]."""
+        x = self._after(x, layer.mlp_norm, layer.eps)
+        if layer.experts is not None:
+            return self.mixture(x, layer.experts, layer.activation)
+        return layer.down(self.gated(layer.gate_up(x), layer.activation))
+
+    def norm_heads(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        """x [T, H, D], each head's norm for a weight [D], or that of all together for [H * D]; None: x."""
+        if weight is None:
+            return x
+        columns = weight.shape[0]
+        return self.rms_norm(x.reshape(-1, columns), weight, eps).view(x.shape)
+
+    def mixture(self, x: Tensor, experts: Experts, activation: str) -> Tensor:
+        """x [T, d] -> [T, d]: each token through its experts."""
+        chosen, weights = self.route(x, experts)
+        out = torch.zeros_like(x)
+        # in the order of the experts, so that a token's sum has one order
+        for e in chosen.unique().tolist():
+            tokens, place = (chosen == e).nonzero(as_tuple=True)
+            y = self.expert(x.index_select(0, tokens), experts, e, tokens, activation)
+            out = out.index_add(0, tokens, y * weights[tokens, place, None])
+        return out
+
+    def route(self, x: Tensor, experts: Experts, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The experts each token of x [T, d] takes, int64 [T, used], and what each counts, float32 [T, used].
+
+        `chosen`: those it takes in any case.
+        """
+        probabilities = F.linear(x, experts.router).softmax(-1)
+        if chosen is None:
+            chosen = probabilities.topk(experts.used, dim=-1).indices
+        weights = probabilities.gather(-1, chosen)
+        return chosen, weights / weights.sum(-1, keepdim=True) if experts.normalized else weights
+
+    def expert(self, x: Tensor, experts: Experts, e: int, tokens: Tensor, activation: str) -> Tensor:
+        """x [n, d] through expert `e` -> [n, d]; `tokens` int64 [n] are their places in the step."""
+        return experts.down[e](self.gated(experts.gate_up[e](x), activation))
+
+    def _after(self, x: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+        return x if norm is None else self.rms_norm(x, norm, eps)
 
     def stack(self, layers: Sequence[Layer]) -> Stack:
         """`layers` made ready to run one after the other."""
@@ -161,21 +186,54 @@ class Stack:
     def allocate(self, rows: int, dtype: torch.dtype) -> None:
         """Room for `rows` tokens. Memory is only touched when written, so a large context costs nothing unused."""
         shapes = [(rows, layer.kv_heads, cached_width(layer.width, dtype)) for layer in self.layers]
-        devices = [layer.attention_norm.device for layer in self.layers]
+        devices = [layer.norm.device for layer in self.layers]
         self.caches = [
             (torch.empty(s, dtype=dtype, device=on), torch.empty(s, dtype=dtype, device=on))
             for s, on in zip(shapes, devices, strict=True)
         ]
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
-        """x [T, d], cos and sin [T, D/2] of the tokens' positions -> [T, d]; appends to the caches."""
+        """x [T, d], cos and sin [T, D/2] of the tokens' positions -> [T, d]; appends to the caches.
+
+        A model of several rotations gives those of each, [rotations, T, D/2].
+        """
         for layer, cache in zip(self.layers, self.caches, strict=True):
-            x = self.ops.layer(x, layer, cache, cos, sin, batch)
+            x = self.ops.layer(x, layer, cache, rotation(cos, layer), rotation(sin, layer), batch)
         return x
 
 
+def rotation(angles: Tensor, layer: Layer) -> Tensor:
+    """The cosines or sines [T, D/2] that turn a layer's heads."""
+    return angles[layer.rotation] if angles.dim() == 3 else angles
+
+
+def visible(length: int, fresh: int, window: int, device: torch.device) -> Tensor:
+    """Which of `length` rows the last `fresh` tokens see, bool [fresh, length]."""
+    last = torch.arange(length - fresh, length, device=device)[:, None]
+    rows = torch.arange(length, device=device)[None]
+    seen = rows <= last
+    return seen & (rows > last - window) if window else seen
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, soft_cap: float = 0.0) -> Tensor:
+    """q [n, H, T, D], k and v [n, KV, L, D], mask bool [T, L] or None -> [n, H, T, D]."""
+    if not soft_cap:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = soft_cap * (q @ k.transpose(-1, -2) * (scale / soft_cap)).tanh()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weighted: Tensor = scores.softmax(-1) @ v
+    return weighted
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, H, D] turned by cos, sin [T, D/2]: the two halves of a head are the pairs."""
+    """x [T, H, D] turned by cos, sin [T, D/2]: the two halves of a head are the pairs. Fewer angles turn the numbers a
+    head begins with.
+    """
+    turned = 2 * cos.shape[-1]
+    if turned < x.shape[-1]:
+        return torch.cat((rotate(x[..., :turned], cos, sin), x[..., turned:]), dim=-1)
     a, b = x.chunk(2, dim=-1)
     c, s = cos[:, None], sin[:, None]
     return torch.cat((a * c - b * s, b * c + a * s), dim=-1)

@@ -34,8 +34,8 @@ def quantize(w: Tensor, fmt: Format, stats: Stats, target: Target) -> QTensor:
 def prepare(feeds: Sequence[Feed], fmt: Format, target: Target) -> None:
     """Scale every feed's linears by the best factors found, and what produces their input the other way."""
     for feed in feeds:
-        hessian = feed.stats["hessian"]
-        if not bool((hessian.diagonal() > 0).any()):
+        hessian = feed.stats.get("hessian")
+        if hessian is None or not bool((hessian.diagonal() > 0).any()):
             continue
         best = _best(feed, fmt, target)
         if best is None:

@@ -90,10 +90,12 @@ def _tune(part: BlockPart, steps: int) -> list[QTensor]:
         inputs, goals = part.batches(WINDOWS, random)
         for linear, f in zip(part.linears, free, strict=True):
             linear.weight = f.weight()
-        gradients = torch.autograd.grad(part.loss(inputs, goals), moved)
+        # an expert that no token of these windows came to has none
+        gradients = torch.autograd.grad(part.loss(inputs, goals), moved, allow_unused=True)
         with torch.no_grad():
             for x, g, reach in zip(moved, gradients, reaches, strict=True):
-                x.sub_(g.sign(), alpha=reach / steps * (1 - step / steps))
+                if g is not None:
+                    x.sub_(g.sign(), alpha=reach / steps * (1 - step / steps))
         for f in free:
             f.clip()
         part.progress(step + 1, steps)

@@ -93,7 +93,7 @@ class LanguageModel:
             prepared = PreparedLayouts(source.path, source.checkpoint.weight_bytes(), shapes, self.backends)
             total -= len(prepared.names)
         read = _counted(source, progress, total) if progress else source.read
-        weights = Weights(read, source.has, self.backends, ops, self.notes, prepared, self.device)
+        weights = Weights(read, source.has, self.backends, ops, self.notes, prepared, self.device, self.context)
         try:
             model = source.module.Model(source.args, weights)
             if prepared:

@@ -1,0 +1,40 @@
+"""OLMo 2: Llama with norms behind attention and the gated product instead of before, and of q and k as a whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fewbit.config_values import flag
+from fewbit.models._decoder import SHARED, Args, Names, common
+from fewbit.models._gguf import Read, as_they_are, config_of, head_width, metadata_of, rope_of, said, table
+
+BLOCK, Block, Model, feeds, producers, rope, weights = SHARED
+
+
+NAMES = Names(
+    attention_norm="",
+    attention_after="post_attention_layernorm",
+    mlp_norm="",
+    mlp_after="post_feedforward_layernorm",
+    q_norm="self_attn.q_norm",
+    k_norm="self_attn.k_norm",
+)
+
+
+def args(config: dict[str, Any]) -> Args:
+    """Checked facts of a config.json; FewbitError names the key that is off."""
+    config = {"rms_norm_eps": 1e-5} | config
+    biased = flag(config, "attention_bias")
+    return common(config, names=NAMES, qk_norm_whole=True, qkv_bias=biased, o_bias=biased)
+
+
+GGUF = table(NAMES)
+gguf_rows = as_they_are
+
+
+def gguf_config(metadata: dict[str, Any], names: set[str], read: Read) -> dict[str, Any]:
+    """config.json of a GGUF file: its metadata, the tensor names it has, and a reader for small tensors."""
+    theirs = metadata_of(metadata, "olmo2")
+    config = config_of(theirs, names, "olmo2", "Olmo2ForCausalLM")
+    config["rope_parameters"] = rope_of(theirs, names, read, head_width(config))
+    return said(config)
