@@ -39,11 +39,14 @@ def feeds_of(source: Source, block: FloatBlock, stats: list[Stats], spec: Spec) 
 def _norm_feed(block: FloatBlock, norm: str, members: list[int], stats: list[Stats], spec: Spec) -> Feed:
     linears = [block.linears[i].weight for i in members]
     divide = _norm_divider(block.vectors[norm], FLOATS[spec(norm)], block.offsets.get(norm, 0.0))
-    if len(members) == 1:
+    if ".experts." not in block.kinds[members[0]]:
         return Feed(linears, stats[members[0]], _as_they_are, divide)
     seen = [stats[i] for i in members if "hessian" in stats[i]]
     total = sum(float(found["tokens"]) for found in seen)
-    mean = {"hessian": sum(found["hessian"] * (found["tokens"] / total) for found in seen)} if seen else {}
+    mean: Stats = {}
+    for found in seen:
+        part = found["hessian"] * (found["tokens"] / total)
+        mean["hessian"] = mean["hessian"] + part if mean else part
     # matrices among the vectors: the router, which reads the same norm
     routers = {name: v for name, v in block.vectors.items() if v.dim() == 2}
 

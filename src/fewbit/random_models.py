@@ -19,60 +19,11 @@ from fewbit.formats.integer import IntegerFormat
 from fewbit.lookup import advice
 from fewbit.models import WeightInfo, find_model
 from fewbit.qtensor import QTensor
+from fewbit.shapes import SHAPES
 from fewbit.source import Source
 
 # one token: the library wants a vocabulary, and text is not what random weights are for
 TOKENIZER = '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"?": 0}, "unk_token": "?"}}'
-
-
-def _llama(
-    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, context: int, **more: Any
-) -> dict[str, Any]:
-    return {
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "max_position_embeddings": context,
-        "rms_norm_eps": 1e-5,
-        "dtype": "bfloat16",
-    } | more
-
-
-def _stretched(factor: float) -> dict[str, Any]:
-    return {
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    }
-
-
-# as the models' own config.json say
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-2-7b": _llama(4096, 11008, 32, 32, 32, 32000, 4096),
-    "llama-2-13b": _llama(5120, 13824, 40, 40, 40, 32000, 4096),
-    "llama-2-70b": _llama(8192, 28672, 80, 64, 8, 32000, 4096),
-    "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128256, 8192, rope_theta=500000.0),
-    "llama-3.1-8b": _llama(4096, 14336, 32, 32, 8, 128256, 131072, **_stretched(8.0)),
-    "llama-3.1-70b": _llama(8192, 28672, 80, 64, 8, 128256, 131072, **_stretched(8.0)),
-    "llama-3.2-1b": _llama(
-        2048, 8192, 16, 32, 8, 128256, 131072, head_dim=64, tie_word_embeddings=True, **_stretched(32.0)
-    ),
-    "llama-3.2-3b": _llama(
-        3072, 8192, 28, 24, 8, 128256, 131072, head_dim=128, tie_word_embeddings=True, **_stretched(32.0)
-    ),
-    "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49152, 8192, rope_theta=100000.0, tie_word_embeddings=True),
-    "smollm2-1.7b": _llama(2048, 8192, 24, 32, 32, 49152, 8192, rope_theta=130000.0, tie_word_embeddings=True),
-}
 
 
 class RandomCheckpoint(Checkpoint):

@@ -105,8 +105,8 @@ class Ops:
             k, v = (uncached(_gather(c, used, batch.page_size, length), q.dtype) for c in (k_cache, v_cache))
             fresh = last - first
             mask = visible(length, fresh, window, q.device) if fresh > 1 or 0 < window < length else None
-            heads_first = (x.transpose(0, 1)[None] for x in (q[first:last], k, v))
-            y = attention(*heads_first, mask, scale, soft_cap)
+            new, k, v = (x.transpose(0, 1)[None] for x in (q[first:last], k, v))
+            y = attention(new, k, v, mask, scale, soft_cap)
             out[first:last] = y[0].transpose(0, 1).reshape(fresh, heads * width)
         return out
 
