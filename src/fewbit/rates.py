@@ -21,6 +21,7 @@ from fewbit.allocation import Choice, Item
 from fewbit.blocks import FloatBlock, FloatLinear, embed
 from fewbit.checkpoint._writer import Planned
 from fewbit.formats import parse
+from fewbit.formats.integer import IntegerFormat
 from fewbit.methods import Stats, Target, rtn
 from fewbit.passes import collect, propagate
 from fewbit.sensitivity import PROBES, Head, Probe, Report, Sensitivity
@@ -60,7 +61,10 @@ class _Stream:
 
 
 class Meter:
-    """Measures a full-precision model block by block, every matrix at every one of `specs`."""
+    """Measures a full-precision model block by block, every matrix at every one of `specs`.
+
+    The method is run at the `anchors` alone, which must be among the specs, and at what configurations ask for.
+    """
 
     def __init__(
         self,
@@ -70,7 +74,9 @@ class Meter:
         device: torch.device,
         product: torch.dtype,
         report: Report,
+        anchors: Sequence[str],
     ) -> None:
+        self.anchors = anchors
         self.source, self.method, self.target = source, method, target
         self.device, self.product, self.report = device, product, report
 
@@ -162,17 +168,28 @@ class Meter:
         choices, kept = [], {}
         # an expert that no token came to
         method = self.method if "hessian" in stats else rtn
-        for spec in specs:
-            fmt = parse(spec)
-            rounded = fmt.dequantize(method.quantize(linear.weight, fmt, dict(stats), self.target))
-            loss = 0.0
-            if "hessian" in stats:
-                off = rounded - linear.weight
-                loss = scale / 2 * float((off @ stats["hessian"]).mul_(off).sum(dtype=torch.float64))
-            choices.append(Choice(spec, self._nbytes(spec, linear.names), max(0.0, loss)))
+        plain = {spec: self._off(linear, rtn, stats, spec)[1] for spec in specs}
+        solved: dict[str, float] = {}
+        for spec in {*self.anchors, *wanted}:
+            rounded, solved[spec] = self._off(linear, method, stats, spec)
             if spec in wanted:
                 kept[spec] = rounded.to(torch.bfloat16).cpu()
+        for spec in specs:
+            anchor = spec if spec in solved else min(self.anchors, key=lambda a: abs(_bits(a) - _bits(spec)))
+            # what the method gains on plain rounding is much the same for formats of like widths
+            gained = solved[anchor] / plain[anchor] if plain.get(anchor) else 1.0
+            loss = scale / 2 * (solved[spec] if spec in solved else plain[spec] * gained)
+            choices.append(Choice(spec, self._nbytes(spec, linear.names), max(0.0, loss)))
         return choices, kept
+
+    def _off(self, linear: FloatLinear, method: ModuleType, stats: Stats, spec: str) -> tuple[Tensor, float]:
+        """The weights rounded by a method, and tr(E H E^T) of what that changes; 0 where no token came."""
+        fmt = parse(spec)
+        rounded = fmt.dequantize(method.quantize(linear.weight, fmt, dict(stats), self.target))
+        if "hessian" not in stats:
+            return rounded, 0.0
+        off = rounded - linear.weight
+        return rounded, float((off @ stats["hessian"]).mul_(off).sum(dtype=torch.float64))
 
     def _nbytes(self, spec: str, names: Sequence[str]) -> int:
         shapes = {w.name.removesuffix(".weight"): w.shape for w in self.source.weights}
@@ -246,3 +263,8 @@ def _together(kind: str, members: Sequence[tuple[FloatLinear, list[Choice]]]) ->
         for same in zip(*(choices for _, choices in members), strict=True)
     )
     return Part(kind, names, Item(kind, choices), True)
+
+
+def _bits(spec: str) -> float:
+    fmt = parse(spec)
+    return float(fmt.bits) if isinstance(fmt, IntegerFormat) else 16.0

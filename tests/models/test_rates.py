@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fewbit.formats import parse
-from fewbit.methods import Target, rtn
+from fewbit.methods import Target, gptq, rtn
 from fewbit.rates import Meter, Part
 from fewbit.source import open_source
 from tests.models.test_blocks import CPU, LENGTH, transformers_model, written
@@ -20,7 +21,7 @@ WINDOWS = torch.randint(256, (8, LENGTH), generator=torch.Generator().manual_see
 
 def measured(folder: Path, tmp_path: Path) -> list[Part]:
     source = open_source(folder)
-    meter = Meter(source, rtn, Target(source.dtype), CPU, torch.float32, lambda *_: None)
+    meter = Meter(source, rtn, Target(source.dtype), CPU, torch.float32, lambda *_: None, SPECS)
     return meter.measure(WINDOWS, SPECS, tmp_path)[0]
 
 
@@ -88,7 +89,7 @@ def test_a_head_in_slices_is_the_head(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_configurations_are_judged_by_the_whole_rounded_model(tmp_path: Path, changes: dict[str, Any]) -> None:
     folder = written(tmp_path, **changes)
     source = open_source(folder)
-    meter = Meter(source, rtn, Target(source.dtype), CPU, torch.float32, lambda *_: None)
+    meter = Meter(source, rtn, Target(source.dtype), CPU, torch.float32, lambda *_: None, SPECS)
     held_out = torch.randint(256, (6, LENGTH), generator=torch.Generator().manual_seed(4))
     configs = [lambda _: "int4g32", lambda name: "int8" if "mlp" in name else "int4g32"]
     parts, joints = meter.measure(WINDOWS, SPECS, tmp_path, held_out, configs)
@@ -107,3 +108,20 @@ def test_configurations_are_judged_by_the_whole_rounded_model(tmp_path: Path, ch
         expected = float((exact.exp() * (exact - moved)).sum(-1).mean())
         # rounded weights wait in 16 bits
         assert joint.kl == pytest.approx(expected, rel=0.03)
+
+
+def test_specs_beside_the_anchors_are_inferred(tmp_path: Path) -> None:
+    """GPTQ at one of three specs: the others follow plain rounding by what it gained there."""
+    source = open_source(written(tmp_path))
+    specs = ("int4g32", "int4g64", "int8")
+
+    def losses(anchors: tuple[str, ...]) -> Tensor:
+        meter = Meter(source, gptq, Target(source.dtype, effort=0), CPU, torch.float32, lambda *_: None, anchors)
+        parts, _ = meter.measure(WINDOWS, specs, tmp_path)
+        return torch.tensor([[c.loss for c in part.item.choices] for part in parts])
+
+    exact, inferred = losses(specs), losses(specs[:1])
+    assert torch.equal(exact[:, 0], inferred[:, 0])
+    ratios = (inferred[:12, 1:] / exact[:12, 1:]).log()
+    assert ratios.abs().mean() < 0.25
+    assert not torch.equal(exact[:, 1], inferred[:, 1])

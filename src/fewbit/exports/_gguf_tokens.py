@@ -56,7 +56,9 @@ def metadata(data: TokenizerData, rows: int, config: dict[str, Any]) -> dict[str
 
 def _has_step(document: dict[str, Any], kind: str) -> bool:
     """Whether the pre-tokenizer or the decoder has a step of a kind."""
-    return any(f'"type":"{kind}"' in json.dumps(document.get(p), separators=(",", ":")) for p in ("pre_tokenizer", "decoder"))
+    return any(
+        f'"type":"{kind}"' in json.dumps(document.get(p), separators=(",", ":")) for p in ("pre_tokenizer", "decoder")
+    )
 
 
 def _tokens(document: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
