@@ -9,17 +9,19 @@ from fewbit.errors import FewbitError
 
 if TYPE_CHECKING:
     from fewbit.evaluator import evaluate
+    from fewbit.exports import export
     from fewbit.qtensor import QTensor
     from fewbit.quantizer import quantize
     from fewbit.runtime.engine import load
 
     __version__: str
 
-__all__ = ["FewbitError", "QTensor", "__version__", "evaluate", "load", "quantize"]
+__all__ = ["FewbitError", "QTensor", "__version__", "evaluate", "export", "load", "quantize"]
 
 # public names are imported at first use: `import fewbit` must not cost the seconds that torch does
 _HOMES = {
     "evaluate": "fewbit.evaluator",
+    "export": "fewbit.exports",
     "QTensor": "fewbit.qtensor",
     "quantize": "fewbit.quantizer",
     "load": "fewbit.runtime.engine",

@@ -2,8 +2,8 @@
 
 A job is {model, sequences, starts, texts, vocabulary, threads, layout, out}: for each sequence the log-probabilities
 (or logits) of its tokens from `starts` on are written to `out` (.npy, float32 [tokens, vocabulary]). The last lines of
-standard output that are JSON objects are the answer: `version`, `exact` (float32 throughout), and where the engine has
-its own tokenizer the `tokens` of the texts.
+standard output that are JSON objects are the answer: `version`, `activation_bits` (32, 16, or 8 where products are of
+integers), and where the engine has its own tokenizer the `tokens` of the texts.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Answer:
     """What an engine gave: log-probabilities float32 [tokens, vocabulary], and its tokens of the texts if it has them."""
 
     version: str
-    exact: bool
+    activation_bits: int
     logprobs: Tensor
     tokens: list[list[int]] | None
 
@@ -116,7 +116,7 @@ def run(engine: Engine, python: str, job: dict[str, Any]) -> Answer:
     if rows.dim() != 2 or len(rows) != wanted[0] or rows.shape[1] < wanted[1]:
         raise _failed(engine, job, f"it gave predictions of shape {tuple(rows.shape)}, expected {wanted}")
     logprobs = rows[:, : wanted[1]].float().log_softmax(-1)
-    return Answer(str(said.get("version")), bool(said.get("exact")), logprobs, said.get("tokens"))
+    return Answer(str(said.get("version")), int(said.get("activation_bits", 16)), logprobs, said.get("tokens"))
 
 
 def _failed(engine: Engine, job: dict[str, Any], facts: str) -> FewbitError:

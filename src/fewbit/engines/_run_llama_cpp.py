@@ -27,8 +27,9 @@ def main() -> None:
         rows.append(np.array(model.scores[start - 1 : len(ids) - 1], dtype=np.float32))
     np.save(job["out"], np.concatenate(rows))
     kind = model.metadata.get("general.file_type")
-    # every type but F32 has its activations rounded, to 16 bits or to 8
-    print(json.dumps({"version": llama_cpp.__version__, "exact": kind == "0"}))
+    # F32, F16 and BF16 have activations of their own type, all others of 8 bits
+    bits = {"0": 32, "1": 16, "32": 16}.get(str(kind), 8)
+    print(json.dumps({"version": llama_cpp.__version__, "activation_bits": bits}))
     text = [model.tokenize(text.encode(), add_bos=False, special=True) for text in job["texts"]]
     print(json.dumps({"tokens": text}))
 

@@ -37,7 +37,7 @@ def main() -> None:
             row[np.array(flat.token_ids[begin:end])] = flat.logprobs[begin:end]
             rows.append(row)
     np.save(job["out"], np.stack(rows))
-    print(json.dumps({"version": vllm.__version__, "exact": False}))
+    print(json.dumps({"version": vllm.__version__, "activation_bits": 16}))
 
 
 if __name__ == "__main__":

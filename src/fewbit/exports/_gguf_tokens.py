@@ -7,6 +7,7 @@ made to be nasty into the same tokens.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from fewbit.checkpoint import TokenizerData
@@ -79,7 +80,7 @@ def _tokens(document: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
 
 def _special(data: TokenizerData, model: dict[str, Any], tokens: list[str], config: dict[str, Any]) -> dict[str, Value]:
     """Ids with a meaning."""
-    ids: dict[str, Any] = {"bos": data.bos_token_id, "padding": config.get("pad_token_id")}
+    ids: dict[str, Any] = {"padding": config.get("pad_token_id"), "bos": data.bos_token_id}
     for name, found in zip(("eos", "eot"), data.eos_token_ids, strict=False):
         ids[name] = found
     if isinstance(model.get("unk_token"), str) and model["unk_token"] in tokens:
@@ -94,14 +95,31 @@ def _special(data: TokenizerData, model: dict[str, Any], tokens: list[str], conf
 def _pre_tokenizer(data: TokenizerData, found: dict[str, Value]) -> str:
     """The name under which the tokens come out the same; FewbitError where there is none."""
     expected = Tokenizer(data).encode(NASTY, bos=False)
-    names = [*PREFERRED, *sorted(set(reading.PRE_TOKENIZERS) - set(PREFERRED))]
-    for name in names:
-        if name not in reading.PRE_TOKENIZERS:
-            continue
+    document = json.loads(data.json)
+    own = _steps((document.get("pre_tokenizer"),)), (document.get("normalizer") or {}).get("type") == "NFC"
+    names = [name for name in PREFERRED if name in reading.PRE_TOKENIZERS]
+    names += sorted(set(reading.PRE_TOKENIZERS) - set(names))
+
+    def spelled_as_its_own(name: str) -> bool:
+        return (_steps(reading.PRE_TOKENIZERS[name].steps), reading.PRE_TOKENIZERS[name].nfc) == own
+
+    # one that is spelled as the tokenizer's own does the same on every text
+    for name in sorted(names, key=lambda name: not spelled_as_its_own(name)):
         again = reading.convert(found | {"tokenizer.ggml.pre": name}, "the export")
         if Tokenizer(again).encode(NASTY, bos=False) == expected:
             return name
     raise _unsayable("none of the pre-tokenizers that fewbit knows by ggml's names cuts text as its own does")
+
+
+def _steps(steps: Sequence[Any]) -> list[tuple[str, ...]]:
+    """What pre-tokenizers do, however they are nested; what changes offsets alone is left out."""
+    keys = ("type", "pattern", "behavior", "invert", "individual_digits", "use_regex", "add_prefix_space")
+    found: list[tuple[str, ...]] = []
+    for step in steps:
+        if isinstance(step, dict):
+            inner = step.get("pretokenizers")
+            found += _steps(inner) if isinstance(inner, list) else [tuple(str(step.get(key)) for key in keys)]
+    return found
 
 
 def _unsayable(facts: str) -> FewbitError:

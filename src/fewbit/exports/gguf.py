@@ -58,6 +58,7 @@ class _Told:
     twice: Counter[tuple[str, str]] = field(default_factory=Counter)
     halves: int = 0
     changed: int = 0
+    cast: int = 0
     inexact: bool = False
 
     def notes(self) -> list[str]:
@@ -68,6 +69,8 @@ class _Told:
         ]
         if self.changed:
             found.append(f"codes are kept; {self.changed:,} of {self.halves:,} scales and minima are rounded to f16")
+        if self.cast:
+            found.append(f"{self.cast:,} weights changed when they were cast to 16 bits of another kind")
         return found
 
 
@@ -103,7 +106,7 @@ def write(
     specs = Counter(t.spec for t in tensors)
     return Summary(
         str(out), LAYOUT, spec.removeprefix("gguf:"), str(facts.get("method", "none")), source.path.name,
-        not told.inexact and not told.changed, out.stat().st_size, source.checkpoint.weight_bytes(), dict(specs),
+        not (told.inexact or told.changed or told.cast), out.stat().st_size, source.checkpoint.weight_bytes(), dict(specs),
         notes + told.notes(),
     )  # fmt: skip
 
@@ -256,9 +259,23 @@ def _stored(source: Source, p: _Part, told: _Told) -> Iterator[QTensor]:
             told.changed += found.changed
             yield found.q
             return
-    if stored != p.spec and (stored, p.spec) not in (("f16", "f32"), ("bf16", "f32")):
-        told.inexact = True
-        if stored not in FLOATS:
-            told.twice[stored, p.spec] += 1
+    if stored in FLOATS and p.spec in FLOATS:
+        yield from _cast(source, p, told)
+        return
+    told.inexact = True
+    if stored not in FLOATS:
+        told.twice[stored, p.spec] += 1
     # the search minds an error in a weight by its size, as rounding to nearest does everywhere in fewbit
     yield from quantized(source, Planned(w.name, p.spec, w.shape), rtn, Target(torch.float16))
+
+
+def _cast(source: Source, p: _Part, told: _Told) -> Iterator[QTensor]:
+    """Floating point in another dtype, and how many numbers that changed."""
+    start = 0
+    for q in quantized(source, Planned(p.weight.name, p.spec, p.weight.shape), rtn, Target(torch.float16)):
+        if source.spec(p.weight.name) != p.spec:
+            rows = (start, start + len(q.parts["weight"])) if len(p.weight.shape) > 1 else None
+            before = source.read(p.weight.name, rows).parts["weight"]
+            told.cast += int((before.float() != q.parts["weight"].float()).sum())
+            start += len(q.parts["weight"])
+        yield q
