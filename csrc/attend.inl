@@ -99,17 +99,31 @@ inline void add_values(const AttendTask &a, int d, const int64_t *rows, const fl
     }
 }
 
-// H query heads of one new token, the first of them number `row` of the task's results, over `count` cached rows.
+// cap * tanh(scores / cap), by tanh(x) = 1 - 2 / (e^(2x) + 1).
+inline Vec capped(Vec scores, float cap) { return cap - 2.0f * cap / (exp_vec(scores * (2.0f / cap)) + 1.0f); }
+
+// H query heads of one new token, the first of them number `row` of the task's results, over `count` cached rows but the
+// first `hidden` of them, fewer than a vector.
 template <class Row, int H>
-void attend_heads(const AttendTask &a, const int64_t *rows, const float *q, int64_t row, int64_t count) {
+void attend_heads(const AttendTask &a, const int64_t *rows, const float *q, int64_t row, int64_t count,
+                  int64_t hidden) {
     float *scores = a.scores + row * kChunk;
     for (int64_t p = 0; p < count; p += kLanes) {
         const PerHead<H> found = dots<Row, H, kLanes>(a.k_cache, rows + p, q, a.width);
-        for (int h = 0; h < H; ++h) store_vec(scores + h * kChunk + p, found.v[h] * a.scale);
+        for (int h = 0; h < H; ++h) {
+            const Vec scaled = found.v[h] * a.scale;
+            store_vec(scores + h * kChunk + p, a.soft_cap > 0.0f ? capped(scaled, a.soft_cap) : scaled);
+        }
     }
     const int64_t entry = a.width + 2;
     float *out = a.sums + row * entry;
-    for (int h = 0; h < H; ++h) weigh(scores + h * kChunk, count, out + h * entry + a.width);
+    for (int h = 0; h < H; ++h) {
+        float *mine = scores + h * kChunk;
+        for (int64_t p = 0; p < hidden; ++p) mine[p] = -__builtin_inff();
+        weigh(mine, count, out + h * entry + a.width);
+        // exp_vec gives a little more than nothing, too little for the sum
+        for (int64_t p = 0; p < hidden; ++p) mine[p] = 0.0f;
+    }
     int d = 0;
     for (; d + 4 * kLanes <= a.width; d += 4 * kLanes) {
         add_values<Row, H, 4>(a, d, rows, scores, count, out);
@@ -122,6 +136,12 @@ inline int64_t visible(const AttendTask &a, int i) {
     const int64_t seen = a.length - a.fresh + i + 1;
     const int64_t last = seen < a.end ? seen : a.end;
     return last > a.begin ? last - a.begin : 0;
+}
+
+// Rows before the window of new token i, counted from `begin`: of no matter to it.
+inline int64_t before_window(const AttendTask &a, int i) {
+    const int64_t past = a.length - a.fresh + i + 1 - a.window - a.begin;
+    return a.window > 0 && past > 0 ? past : 0;
 }
 
 // Where the chunk's rows begin in the cache, in bytes; after the last one it stands for those to a whole vector.
@@ -141,15 +161,18 @@ inline void locate(const AttendTask &a, int64_t *rows) {
 template <class Row>
 void attend_tokens(const AttendTask &a, const int64_t *rows) {
     for (int i = 0; i < a.fresh; ++i) {
-        const int64_t count = visible(a, i);
+        const int64_t past = before_window(a, i), seen = visible(a, i);
+        // whole vectors are left out, the rest of a vector is hidden
+        const int64_t skipped = past / kLanes * kLanes, count = past < seen ? seen - skipped : 0;
         for (int h = 0; h < a.group; h += kHeadsAtOnce) {
             const float *q = a.q + i * a.q_stride + h * a.width;
-            const int64_t row = i * a.group + h;
+            const int64_t row = i * a.group + h, hidden = count > 0 ? past - skipped : 0;
+            const int64_t *from = rows + (count > 0 ? skipped : 0);
             switch (a.group - h) {
-                case 1: attend_heads<Row, 1>(a, rows, q, row, count); break;
-                case 2: attend_heads<Row, 2>(a, rows, q, row, count); break;
-                case 3: attend_heads<Row, 3>(a, rows, q, row, count); break;
-                default: attend_heads<Row, kHeadsAtOnce>(a, rows, q, row, count);
+                case 1: attend_heads<Row, 1>(a, from, q, row, count, hidden); break;
+                case 2: attend_heads<Row, 2>(a, from, q, row, count, hidden); break;
+                case 3: attend_heads<Row, 3>(a, from, q, row, count, hidden); break;
+                default: attend_heads<Row, kHeadsAtOnce>(a, from, q, row, count, hidden);
             }
         }
     }

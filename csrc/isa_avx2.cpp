@@ -133,6 +133,6 @@ inline Isa::Sum Isa::dot<8>(Sum sum, const Codes<8> &a, const Codes<8> &b, const
 #include "ops.inl"
 
 namespace fewbit {
-const KernelTable kAvx2Kernels = {"avx2", kBias8, quantize, product, unpack, rms_norm, gated_silu,
+const KernelTable kAvx2Kernels = {"avx2", kBias8, quantize, product, unpack, rms_norm, gated,
                                      attend, read_bits, dots};
 }  // namespace fewbit

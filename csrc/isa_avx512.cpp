@@ -100,6 +100,6 @@ struct Isa {
 #include "ops.inl"
 
 namespace fewbit {
-const KernelTable kAvx512Kernels = {"avx512vnni", 0, quantize, product, unpack, rms_norm, gated_silu,
+const KernelTable kAvx512Kernels = {"avx512vnni", 0, quantize, product, unpack, rms_norm, gated,
                                      attend, read_bits, dots};
 }  // namespace fewbit

@@ -25,6 +25,6 @@ struct Dot {
 #include "isa_neon.inl"
 
 namespace fewbit {
-const KernelTable kNeonKernels = {"neon-dotprod", Dot::bias8, quantize, product, unpack, rms_norm, gated_silu,
+const KernelTable kNeonKernels = {"neon-dotprod", Dot::bias8, quantize, product, unpack, rms_norm, gated,
                                   attend, read_bits, dots};
 }  // namespace fewbit

@@ -23,6 +23,6 @@ struct Dot {
 #include "isa_neon.inl"
 
 namespace fewbit {
-const KernelTable kNeonI8mmKernels = {"neon-i8mm", Dot::bias8, quantize, product, unpack, rms_norm, gated_silu,
+const KernelTable kNeonI8mmKernels = {"neon-i8mm", Dot::bias8, quantize, product, unpack, rms_norm, gated,
                                   attend, read_bits, dots};
 }  // namespace fewbit

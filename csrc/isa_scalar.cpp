@@ -136,6 +136,6 @@ struct Isa {
 #include "ops.inl"
 
 namespace fewbit {
-const KernelTable kScalarKernels = {"scalar", 0, quantize, product, unpack, rms_norm, gated_silu,
+const KernelTable kScalarKernels = {"scalar", 0, quantize, product, unpack, rms_norm, gated,
                                      attend, read_bits, dots};
 }  // namespace fewbit

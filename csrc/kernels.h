@@ -24,6 +24,9 @@ enum class Scalar : int { f32 = 0, f16 = 1, bf16 = 2, steps = 3, signed_steps = 
 // -(byte * super), with halves for supers.
 enum class Offsets : int { none = 0, f32 = 1, f16 = 2, zeros = 3, steps = 4 };
 
+// Of the gate in a gated product. gelu_tanh is GELU with tanh in the place of the error function.
+enum class Activation : int { silu = 0, gelu_tanh = 1 };
+
 // What a cached head of a token is: `width` numbers, of int8 with their scale (bf16) behind them.
 enum class CacheType : int { f32 = 0, f16 = 1, int8 = 2 };
 
@@ -89,6 +92,8 @@ struct AttendTask {
     int fresh, group;        // query heads that share the key-value head
     int width;               // a multiple of 16
     float scale;
+    int64_t window;          // rows a token sees, the last ones; 0: all
+    float soft_cap;          // scores become cap * tanh(score / cap); 0: they stay
     float *scores;           // scratch [fresh * group][kChunk]
     float *copies;           // scratch [2][kChunk][width]
     float *sums;             // out [fresh * group][width + 2]: weighted values, sum of weights, largest score
@@ -106,7 +111,7 @@ struct KernelTable {
     // for many tokens. Packed codes of half blocks or with a table are multiplied by single tokens alone.
     void (*unpack)(const BlockView &, int64_t row_block, uint8_t *out);
     void (*rms_norm)(const float *x, const float *weight, float *y, int64_t n, float eps);
-    void (*gated_silu)(const float *gate, const float *up, float *y, int64_t n);
+    void (*gated)(Activation activation, const float *gate, const float *up, float *y, int64_t n);
     void (*attend)(const AttendTask &);
     // The ceilings (ceilings.inl): the OR of some bytes; rounds of products, returning the multiply-adds done.
     uint32_t (*read_bits)(const uint8_t *p, int64_t bytes);

@@ -29,41 +29,83 @@ void add_to(float *y, const float *x, int64_t count) {
     });
 }
 
-// y += o(attention(qkv(norm(y))))
-void attention(const Layer &l, const Step &step, Scratch &scratch, float *y) {
-    const int64_t d = l.qkv->column_count(), stride = l.qkv->row_count(), tokens = step.tokens;
-    const int64_t inner = l.heads * l.width;
-    float *normed = room(scratch.normed, tokens * d);
-    rms_norm_rows(y, l.attention_norm, normed, tokens, d, l.eps);
-    float *qkv = room(scratch.wide, tokens * stride);
-    multiply(*l.qkv, normed, tokens, qkv);
+// y [rows][n] += bias [n]
+void add_bias(float *y, const float *bias, int64_t rows, int64_t n) {
+    if (!bias) return;
+    parallel_for((rows + 63) / 64, [&](int64_t piece) {
+        for (int64_t r = piece * 64; r < std::min(rows, (piece + 1) * 64); ++r) {
+            for (int64_t i = 0; i < n; ++i) y[r * n + i] += bias[i];
+        }
+    });
+}
 
-    const Heads q{qkv, stride, l.heads};
-    const Heads k{qkv + inner, stride, l.kv_heads};
-    const Heads v{k.data + l.kv_heads * l.width, stride, l.kv_heads};
-    float *queries = room(scratch.queries, tokens * inner);
-    rotate_append(q, k, v, step.cos, step.sin, step.slots, l.cache, tokens, l.width, queries);
-    float *attended = room(scratch.narrow, tokens * inner);
-    const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(l.width)));
-    attend_paged(queries, l.cache, step.sequences, tokens, l.heads, l.width, scale, attended);
+// The norm of x [tokens][d], in `room`; x itself where there is no norm.
+const float *normed(const float *x, const float *weight, float *room, int64_t tokens, int64_t d, float eps) {
+    if (!weight) return x;
+    rms_norm_rows(x, weight, room, tokens, d, eps);
+    return room;
+}
 
-    float *out = room(scratch.normed, tokens * d);
-    multiply(*l.o, attended, tokens, out);
+// The norm of heads that lie `stride` apart for each token, to `to` [tokens][heads][width]: of each, or of all together.
+Heads norm_heads(const Heads &h, const float *weight, bool whole, int64_t tokens, int64_t width, float eps, float *to) {
+    if (!weight) return h;
+    const int64_t row = h.heads * width;
+    for (int64_t t = 0; t < tokens; ++t) std::memcpy(to + t * row, h.data + t * h.stride, sizeof(float) * static_cast<size_t>(row));
+    if (whole) {
+        rms_norm_rows(to, weight, to, tokens, row, eps);
+    } else {
+        rms_norm_rows(to, weight, to, tokens * h.heads, width, eps);
+    }
+    return {to, row, h.heads};
+}
+
+// y += a branch's outputs [tokens][d], or their norm.
+void add_branch(float *out, const float *bias, const float *after, int64_t tokens, int64_t d, float eps, float *y) {
+    add_bias(out, bias, tokens, d);
+    if (after) rms_norm_rows(out, after, out, tokens, d, eps);
     add_to(y, out, tokens * d);
 }
 
-// y += down(silu(gate(norm(y))) * up(norm(y)))
+// y += o(attention(qkv(norm(y))))
+void attention(const Layer &l, const Step &step, Scratch &scratch, float *y) {
+    const Extras &e = l.extras;
+    const int64_t d = l.qkv->column_count(), stride = l.qkv->row_count(), tokens = step.tokens;
+    const int64_t inner = l.heads * l.width;
+    const float *x = normed(y, l.attention_norm, room(scratch.normed, tokens * d), tokens, d, l.eps);
+    float *qkv = room(scratch.wide, tokens * stride);
+    multiply(*l.qkv, x, tokens, qkv);
+    add_bias(qkv, e.qkv_bias, tokens, stride);
+
+    float *narrow = room(scratch.narrow, tokens * (inner + l.kv_heads * l.width));
+    const Heads q = norm_heads({qkv, stride, l.heads}, e.q_norm, e.norms_whole, tokens, l.width, l.eps, narrow);
+    const Heads k = norm_heads({qkv + inner, stride, l.kv_heads}, e.k_norm, e.norms_whole, tokens, l.width, l.eps,
+                               narrow + tokens * inner);
+    const Heads v{qkv + inner + l.kv_heads * l.width, stride, l.kv_heads};
+    float *queries = room(scratch.queries, tokens * inner);
+    const int64_t angles = e.rotation * tokens * (l.width / 2);
+    rotate_append(q, k, v, step.cos + angles, step.sin + angles, step.slots, l.cache, tokens, l.width, queries);
+    const float root = static_cast<float>(1.0 / std::sqrt(static_cast<double>(l.width)));
+    const Scores scores{e.scale > 0.0f ? e.scale : root, e.window, e.soft_cap};
+    attend_paged(queries, l.cache, step.sequences, tokens, l.heads, l.width, scores, narrow);
+
+    float *out = room(scratch.normed, tokens * d);
+    multiply(*l.o, narrow, tokens, out);
+    add_branch(out, e.o_bias, e.attention_after, tokens, d, l.eps, y);
+}
+
+// y += down(activation(gate(norm(y))) * up(norm(y)))
 void feed_forward(const Layer &l, int64_t tokens, Scratch &scratch, float *y) {
+    const Extras &e = l.extras;
     const int64_t d = l.gate_up->column_count(), inner = l.down->column_count();
-    float *normed = room(scratch.normed, tokens * d);
-    rms_norm_rows(y, l.mlp_norm, normed, tokens, d, l.eps);
+    const float *x = normed(y, l.mlp_norm, room(scratch.normed, tokens * d), tokens, d, l.eps);
     float *gate_up = room(scratch.wide, tokens * 2 * inner);
-    multiply(*l.gate_up, normed, tokens, gate_up);
+    multiply(*l.gate_up, x, tokens, gate_up);
+    add_bias(gate_up, e.gate_up_bias, tokens, 2 * inner);
     float *gated = room(scratch.narrow, tokens * inner);
-    gated_silu_rows(gate_up, gated, tokens, inner);
+    gated_rows(e.activation, gate_up, gated, tokens, inner);
     float *out = room(scratch.normed, tokens * d);
     multiply(*l.down, gated, tokens, out);
-    add_to(y, out, tokens * d);
+    add_branch(out, e.down_bias, e.mlp_after, tokens, d, l.eps, y);
 }
 
 }  // namespace

@@ -39,6 +39,11 @@ fewbit::CacheType cache_type(int type) {
     return static_cast<fewbit::CacheType>(type);
 }
 
+fewbit::Activation activation_of(int activation) {
+    if (activation < 0 || activation > 1) throw std::invalid_argument("no such activation");
+    return static_cast<fewbit::Activation>(activation);
+}
+
 fewbit::Cache cache_at(Address keys, Address values, int type, int64_t rows, int64_t heads) {
     return {at<uint8_t>(keys), at<uint8_t>(values), cache_type(type), rows, heads};
 }
@@ -107,9 +112,9 @@ void bind_ops(nb::module_ &m) {
         },
         Unlocked());
     m.def(
-        "gated_silu",
-        [](Address gate_up, Address y, int64_t tokens, int64_t n) {
-            fewbit::gated_silu_rows(at<const float>(gate_up), at<float>(y), tokens, n);
+        "gated",
+        [](int activation, Address gate_up, Address y, int64_t tokens, int64_t n) {
+            fewbit::gated_rows(activation_of(activation), at<const float>(gate_up), at<float>(y), tokens, n);
         },
         Unlocked());
     m.def(
@@ -129,11 +134,12 @@ void bind_ops(nb::module_ &m) {
         "attend",
         [](Address q, Address keys, Address values, int type, int64_t cache_rows, int64_t kv_heads, Address pages,
            int64_t pages_per_sequence, int64_t page_size, Address lengths, Address starts, int64_t sequences,
-           int64_t tokens, int64_t heads, int64_t width, float scale, Address out) {
+           int64_t tokens, int64_t heads, int64_t width, float scale, int64_t window, float soft_cap, Address out) {
             const fewbit::Cache cache = cache_at(keys, values, type, cache_rows, kv_heads);
             const fewbit::Sequences s{at<const int64_t>(pages), at<const int64_t>(lengths), at<const int64_t>(starts),
                                       sequences, pages_per_sequence, page_size};
-            return fewbit::attend_paged(at<const float>(q), cache, s, tokens, heads, width, scale, at<float>(out));
+            const fewbit::Scores scores{scale, window, soft_cap};
+            return fewbit::attend_paged(at<const float>(q), cache, s, tokens, heads, width, scores, at<float>(out));
         },
         Unlocked());
 }
@@ -162,9 +168,19 @@ void bind_layers(nb::module_ &m) {
                const Matrix *gate_up, const Matrix *down, int64_t heads, int64_t kv_heads, int64_t width) {
                 for (const Matrix *m : {qkv, o, gate_up, down}) m->expect_memory();
                 self.add({at<const float>(attention_norm), at<const float>(mlp_norm), eps, qkv, o, gate_up, down,
-                          heads, kv_heads, width, {}});
+                          heads, kv_heads, width, {}, {}});
             },
             nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>())
+        .def("set_extras",
+             [](Stack &self, size_t index, Address attention_after, Address mlp_after, Address q_norm, Address k_norm,
+                bool norms_whole, Address qkv_bias, Address o_bias, Address gate_up_bias, Address down_bias, float scale,
+                float soft_cap, int64_t window, int64_t rotation, int activation) {
+                 self.set_extras(index, {at<const float>(attention_after), at<const float>(mlp_after),
+                                         at<const float>(q_norm), at<const float>(k_norm), norms_whole,
+                                         at<const float>(qkv_bias), at<const float>(o_bias),
+                                         at<const float>(gate_up_bias), at<const float>(down_bias), scale, soft_cap,
+                                         window, rotation, activation_of(activation)});
+             })
         .def("set_cache",
              [](Stack &self, size_t index, Address keys, Address values, int type, int64_t rows) {
                  self.set_cache(index, at<uint8_t>(keys), at<uint8_t>(values), cache_type(type), rows);

@@ -172,11 +172,11 @@ void rms_norm_rows(const float *x, const float *weight, float *y, int64_t tokens
     for_tokens(tokens, n, [&](int64_t t) { k.rms_norm(x + t * n, weight, y + t * n, n, eps); });
 }
 
-void gated_silu_rows(const float *gate_up, float *y, int64_t tokens, int64_t n) {
+void gated_rows(Activation activation, const float *gate_up, float *y, int64_t tokens, int64_t n) {
     const KernelTable &k = kernels();
     for_tokens(tokens, 3 * n, [&](int64_t t) {
         const float *gate = gate_up + t * 2 * n;
-        k.gated_silu(gate, gate + n, y + t * n, n);
+        k.gated(activation, gate, gate + n, y + t * n, n);
     });
 }
 
@@ -222,9 +222,9 @@ namespace {
 class Attention {
   public:
     Attention(const float *q, const Cache &cache, const Sequences &sequences, int64_t heads, int64_t width,
-              float scale, float *y)
+              const Scores &scores, float *y)
         : q_(q), cache_(cache), s_(sequences), heads_(heads), group_(heads / cache.heads), width_(width),
-          entry_(width + 2), scale_(scale), y_(y) {}
+          entry_(width + 2), scores_(scores), y_(y) {}
 
     void run() {
         for (int64_t i = 0; i < s_.count; ++i) {
@@ -239,14 +239,19 @@ class Attention {
 
   private:
     int64_t rows(const Span &span) const { return span.fresh * group_; }
-    int64_t chunks(const Span &span) const { return ceil_div(span.length, kChunk); }
+    // The first row that a token of the span sees, down to a chunk's border.
+    int64_t first_row(const Span &span) const {
+        const int64_t past = span.length - span.fresh + 1 - scores_.window;
+        return scores_.window > 0 && past > 0 ? past / kChunk * kChunk : 0;
+    }
+    int64_t chunks(const Span &span) const { return ceil_div(span.length - first_row(span), kChunk); }
 
     void add(Span span) {
         const int64_t floats = cache_.heads * chunks(span) * rows(span) * entry_;
         if (floats_ > 0 && floats_ + floats > kRoundFloats) end_round();
         span.first_sum = floats_;
         floats_ += floats;
-        multiplied_ += 2 * span.fresh * span.length * heads_ * width_;
+        multiplied_ += 2 * span.fresh * (span.length - first_row(span)) * heads_ * width_;
         spans_.push_back(span);
     }
 
@@ -261,7 +266,8 @@ class Attention {
         // the chunks do not depend on the number of threads, so neither does the result
         for (int64_t i = 0; i < spans; ++i) {
             for (int64_t h = 0; h < cache_.heads; ++h) {
-                for (int64_t begin = 0; begin < spans_[i].length; begin += kChunk) work.push_back({i, h, begin});
+                const Span &span = spans_[static_cast<size_t>(i)];
+                for (int64_t b = first_row(span); b < span.length; b += kChunk) work.push_back({i, h, b});
             }
         }
         const auto works = static_cast<int64_t>(work.size());
@@ -301,10 +307,12 @@ class Attention {
         task.fresh = static_cast<int>(span.fresh);
         task.group = static_cast<int>(group_);
         task.width = static_cast<int>(width_);
-        task.scale = scale_;
+        task.scale = scores_.scale;
+        task.window = scores_.window;
+        task.soft_cap = scores_.soft_cap;
         task.scores = scores.data();
         task.copies = copies.data();
-        task.sums = sums(span, w.head, w.begin / kChunk);
+        task.sums = sums(span, w.head, (w.begin - first_row(span)) / kChunk);
         kernels_.attend(task);
     }
 
@@ -327,7 +335,7 @@ class Attention {
     const Cache &cache_;
     const Sequences &s_;
     int64_t heads_, group_, width_, entry_;
-    float scale_;
+    Scores scores_;
     float *y_;
     float *sums_ = nullptr;
     int64_t floats_ = 0, multiplied_ = 0;
@@ -337,9 +345,9 @@ class Attention {
 }  // namespace
 
 bool attend_paged(const float *q, const Cache &cache, const Sequences &s, int64_t tokens, int64_t heads, int64_t width,
-                  float scale, float *y) {
+                  const Scores &scores, float *y) {
     if (!are_places(s, tokens, cache.rows)) return false;
-    Attention(q, cache, s, heads, width, scale, y).run();
+    Attention(q, cache, s, heads, width, scores, y).run();
     return true;
 }
 

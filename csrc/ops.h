@@ -10,8 +10,8 @@ namespace fewbit {
 // y [tokens][n] = x / root of mean square * weight
 void rms_norm_rows(const float *x, const float *weight, float *y, int64_t tokens, int64_t n, float eps);
 
-// gate_up [tokens][2n], gate first -> y [tokens][n] = silu(gate) * up
-void gated_silu_rows(const float *gate_up, float *y, int64_t tokens, int64_t n);
+// gate_up [tokens][2n], gate first -> y [tokens][n] = activation(gate) * up
+void gated_rows(Activation activation, const float *gate_up, float *y, int64_t tokens, int64_t n);
 
 // Heads of one token are contiguous; tokens are `stride` floats apart.
 struct Heads {
@@ -49,9 +49,16 @@ struct Sequences {
 // Whether every index that attend_paged follows lies in the step and in the cache.
 bool are_places(const Sequences &sequences, int64_t tokens, int64_t cache_rows);
 
+// What scores are made of: products times `scale`, held by `soft_cap` (0: not), of the last `window` rows (0: of all).
+struct Scores {
+    float scale;
+    int64_t window = 0;
+    float soft_cap = 0.0f;
+};
+
 // Causal attention of q [tokens][heads][width], contiguous, over the paged cache -> y [tokens][heads * width].
 // Takes widths that are multiples of 16. False, with nothing written, where `are_places` says so.
 bool attend_paged(const float *q, const Cache &cache, const Sequences &sequences, int64_t tokens, int64_t heads,
-                  int64_t width, float scale, float *y);
+                  int64_t width, const Scores &scores, float *y);
 
 }  // namespace fewbit

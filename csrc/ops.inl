@@ -66,10 +66,22 @@ void rms_norm(const float *x, const float *weight, float *y, int64_t n, float ep
 
 inline Vec silu_times(Vec gate, Vec up) { return gate / (1.0f + exp_vec(-gate)) * up; }
 
-void gated_silu(const float *gate, const float *up, float *y, int64_t n) {
+// (1 + tanh(u)) / 2 is 1 / (1 + e^(-2u)), here with u = sqrt(2 / pi) * (gate + 0.044715 * gate^3).
+inline Vec gelu_times(Vec gate, Vec up) {
+    const Vec twice = (gate + 0.044715f * gate * gate * gate) * 1.59576912f;
+    return gate / (1.0f + exp_vec(-twice)) * up;
+}
+
+template <Vec Times(Vec, Vec)>
+void gated_by(const float *gate, const float *up, float *y, int64_t n) {
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store_vec(y + i, silu_times(load_vec(gate + i), load_vec(up + i)));
-    if (i < n) store_part(y + i, silu_times(load_part(gate + i, n - i), load_part(up + i, n - i)), n - i);
+    for (; i + kLanes <= n; i += kLanes) store_vec(y + i, Times(load_vec(gate + i), load_vec(up + i)));
+    if (i < n) store_part(y + i, Times(load_part(gate + i, n - i), load_part(up + i, n - i)), n - i);
+}
+
+void gated(Activation activation, const float *gate, const float *up, float *y, int64_t n) {
+    if (activation == Activation::silu) return gated_by<silu_times>(gate, up, y, n);
+    gated_by<gelu_times>(gate, up, y, n);
 }
 
 }  // namespace

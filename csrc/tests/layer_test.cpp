@@ -21,10 +21,23 @@ struct TestLayer {
     int64_t heads, kv_heads;
     std::vector<float> attention_norm, mlp_norm;
     Made qkv, o, gate_up, down;
+    // what is empty or 0 is not there
+    std::vector<float> attention_after{}, mlp_after{}, q_norm{}, k_norm{}, qkv_bias{}, o_bias{}, gate_up_bias{}, down_bias{};
+    float scale = 0.0f, soft_cap = 0.0f;
+    int64_t window = 0, rotation = 0;
+    bool gelu = false;
+
+    static const float *some(const std::vector<float> &v) { return v.empty() ? nullptr : v.data(); }
+    bool whole() const { return std::ssize(q_norm) > kWidth; }
 
     fewbit::Layer parts() const {
-        return {attention_norm.data(), mlp_norm.data(), kEps, qkv.matrix.get(), o.matrix.get(), gate_up.matrix.get(),
+        return {some(attention_norm), some(mlp_norm), kEps, qkv.matrix.get(), o.matrix.get(), gate_up.matrix.get(),
                 down.matrix.get(), heads, kv_heads, kWidth, {}};
+    }
+    fewbit::Extras extras() const {
+        return {some(attention_after), some(mlp_after), some(q_norm), some(k_norm), whole(), some(qkv_bias), some(o_bias),
+                some(gate_up_bias), some(down_bias), scale, soft_cap, window, rotation,
+                gelu ? fewbit::Activation::gelu_tanh : fewbit::Activation::silu};
     }
 };
 
@@ -52,6 +65,30 @@ TestLayer make_layer(int64_t heads, int64_t kv_heads, int64_t inner, Random &ran
             linear(kHidden, {inner, inner}, random), linear(inner, {kHidden}, random)};
 }
 
+// Gemma's parts, and OLMo's: norms behind branches, of q and k, windows, caps, biases, no norms before.
+TestLayer make_other(bool sandwich, Random &random) {
+    TestLayer l = make_layer(4, 2, 48, random);
+    l.attention_after = between(kHidden, 0.2f, 0.6f, random);
+    l.mlp_after = between(kHidden, 0.2f, 0.6f, random);
+    l.rotation = 1;
+    l.q_norm = between(sandwich ? kWidth : 4 * kWidth, 0.5f, 1.5f, random);
+    l.k_norm = between(sandwich ? kWidth : 2 * kWidth, 0.5f, 1.5f, random);
+    if (sandwich) {
+        l.scale = 0.6f;
+        l.soft_cap = 1.5f;
+        l.window = 5;
+        l.gelu = true;
+        return l;
+    }
+    l.attention_norm.clear();
+    l.mlp_norm.clear();
+    l.qkv_bias = between(8 * kWidth, -0.5f, 0.5f, random);
+    l.o_bias = between(kHidden, -0.5f, 0.5f, random);
+    l.gate_up_bias = between(96, -0.5f, 0.5f, random);
+    l.down_bias = between(kHidden, -0.5f, 0.5f, random);
+    return l;
+}
+
 // Other numbers of heads and inner columns in each: scratch that layers share has to fit all of them.
 std::vector<TestLayer> make_layers() {
     Random random(21);
@@ -59,6 +96,8 @@ std::vector<TestLayer> make_layers() {
     layers.push_back(make_layer(3, 1, 75, random));
     layers.push_back(make_layer(4, 2, 130, random));
     layers.push_back(make_layer(2, 2, 33, random));
+    layers.push_back(make_other(true, random));
+    layers.push_back(make_other(false, random));
     return layers;
 }
 
@@ -74,6 +113,7 @@ struct Native {
             keys.emplace_back(static_cast<size_t>(rows * l.kv_heads * kWidth * (half ? 2 : 4)), uint8_t{0xff});
             values.push_back(keys.back());
             stack.add(l.parts());
+            stack.set_extras(keys.size() - 1, l.extras());
             resize(keys.size() - 1, rows);
         }
     }
@@ -100,6 +140,14 @@ struct TestStep {
     std::vector<int64_t> pages, lengths, starts, slots;
     std::vector<float> x, cos, sin;
     int64_t page_size, per_sequence;
+    // of the second rotation, which turns the other way; behind the first's
+    void add_rotation() {
+        const size_t count = sin.size();
+        for (size_t i = 0; i < count; ++i) {
+            cos.push_back(cos[i]);
+            sin.push_back(-sin[i]);
+        }
+    }
 
     int64_t tokens() const { return std::ssize(slots); }
     fewbit::Step view() const {
@@ -132,6 +180,7 @@ TestStep make_step(const std::vector<std::vector<int64_t>> &tables, const std::v
             add_token(s, first_sequence + static_cast<int64_t>(i), tables[i].data(), t);
         }
     }
+    s.add_rotation();
     return s;
 }
 
@@ -153,24 +202,48 @@ struct Oracle {
         return half ? half_value(float_to_f16(f)) : f;
     }
 
-    static std::vector<float> norm(const std::vector<double> &x, const std::vector<float> &weight) {
+    // As many numbers as there are weights, in place.
+    static void norm(double *x, const std::vector<float> &weight) {
+        double squares = 0.0;
+        for (size_t i = 0; i < weight.size(); ++i) squares += x[i] * x[i];
+        const double root = std::sqrt(squares / static_cast<double>(weight.size()) + static_cast<double>(kEps));
+        for (size_t i = 0; i < weight.size(); ++i) x[i] = x[i] / root * static_cast<double>(weight[i]);
+    }
+
+    // Of each token; no weight, no norm.
+    static std::vector<double> norm_rows(std::vector<double> x, const std::vector<float> &weight) {
+        for (size_t begin = 0; !weight.empty() && begin < x.size(); begin += kHidden) norm(x.data() + begin, weight);
+        return x;
+    }
+
+    static std::vector<float> narrowed(const std::vector<double> &x) {
         std::vector<float> y;
-        for (size_t begin = 0; begin < x.size(); begin += kHidden) {
-            double squares = 0.0;
-            for (size_t i = 0; i < kHidden; ++i) squares += x[begin + i] * x[begin + i];
-            const double root = std::sqrt(squares / kHidden + static_cast<double>(kEps));
-            for (size_t i = 0; i < kHidden; ++i) {
-                y.push_back(static_cast<float>(x[begin + i] / root * static_cast<double>(weight[i])));
-            }
-        }
+        for (const double v : x) y.push_back(static_cast<float>(v));
         return y;
     }
 
+    static std::vector<double> product(const Made &made, const std::vector<float> &x, int64_t tokens,
+                                       const std::vector<float> &bias) {
+        std::vector<double> y = expected_product(made, x, tokens).y;
+        for (size_t i = 0; !bias.empty() && i < y.size(); ++i) y[i] += static_cast<double>(bias[i % bias.size()]);
+        return y;
+    }
+
+    void norm_heads(std::vector<double> &qkv, int64_t tokens) const {
+        const int64_t stride = (l.heads + 2 * l.kv_heads) * kWidth, inner = l.heads * kWidth;
+        for (int64_t t = 0; t < tokens && !l.q_norm.empty(); ++t) {
+            double *q = qkv.data() + t * stride;
+            for (int64_t i = 0; i < inner; i += std::ssize(l.q_norm)) norm(q + i, l.q_norm);
+            for (int64_t i = 0; i < l.kv_heads * kWidth; i += std::ssize(l.k_norm)) norm(q + inner + i, l.k_norm);
+        }
+    }
+
     // Number i of a head at `at`, rotated.
-    static double rotated(const double *at, const TestStep &s, int64_t token, int64_t i) {
+    double rotated(const double *at, const TestStep &s, int64_t token, int64_t i) const {
         const int64_t half_width = kWidth / 2, pair = i % half_width;
-        const auto c = static_cast<double>(s.cos[static_cast<size_t>(token * half_width + pair)]);
-        const auto n = static_cast<double>(s.sin[static_cast<size_t>(token * half_width + pair)]);
+        const auto angle = static_cast<size_t>((l.rotation * s.tokens() + token) * half_width + pair);
+        const auto c = static_cast<double>(s.cos[angle]);
+        const auto n = static_cast<double>(s.sin[angle]);
         const double a = at[pair], b = at[half_width + pair];
         return i < half_width ? a * c - b * n : b * c + a * n;
     }
@@ -198,10 +271,12 @@ struct Oracle {
         };
         std::vector<double> sums(kWidth);
         double total = 0.0;
-        for (int64_t p = 0; p < seen; ++p) {
+        for (int64_t p = l.window > 0 ? std::max<int64_t>(0, seen - l.window) : 0; p < seen; ++p) {
             double score = 0.0;
             for (size_t i = 0; i < kWidth; ++i) score += q[i] * static_cast<double>(keys[place(p) + i]);
-            const double weight = std::exp(score / std::sqrt(static_cast<double>(kWidth)));
+            score *= l.scale > 0.0f ? static_cast<double>(l.scale) : 1.0 / std::sqrt(static_cast<double>(kWidth));
+            const auto cap = static_cast<double>(l.soft_cap);
+            const double weight = std::exp(cap > 0.0 ? cap * std::tanh(score / cap) : score);
             total += weight;
             for (size_t i = 0; i < kWidth; ++i) sums[i] += weight * static_cast<double>(values[place(p) + i]);
         }
@@ -227,22 +302,25 @@ struct Oracle {
 
     std::vector<double> run(const std::vector<float> &x, const TestStep &s) {
         std::vector<double> y(x.begin(), x.end());
-        const std::vector<double> qkv = expected_product(l.qkv, norm(y, l.attention_norm), s.tokens()).y;
+        std::vector<double> qkv = product(l.qkv, narrowed(norm_rows(y, l.attention_norm)), s.tokens(), l.qkv_bias);
+        norm_heads(qkv, s.tokens());
         append(qkv, s);
-        const std::vector<double> o = expected_product(l.o, attention(qkv, s), s.tokens()).y;
+        const std::vector<double> o = norm_rows(product(l.o, attention(qkv, s), s.tokens(), l.o_bias), l.attention_after);
         for (size_t i = 0; i < y.size(); ++i) y[i] += o[i];
 
-        const std::vector<double> both = expected_product(l.gate_up, norm(y, l.mlp_norm), s.tokens()).y;
+        const std::vector<double> both = product(l.gate_up, narrowed(norm_rows(y, l.mlp_norm)), s.tokens(), l.gate_up_bias);
         const int64_t inner = l.down.spec.columns;
         std::vector<float> gated;
         for (int64_t t = 0; t < s.tokens(); ++t) {
             for (int64_t i = 0; i < inner; ++i) {
                 const double gate = both[static_cast<size_t>(t * 2 * inner + i)];
                 const double up = both[static_cast<size_t>(t * 2 * inner + inner + i)];
-                gated.push_back(static_cast<float>(gate / (1.0 + std::exp(-gate)) * up));
+                const double cubed = std::sqrt(2.0 / 3.14159265358979) * (gate + 0.044715 * gate * gate * gate);
+                const double open = l.gelu ? (1.0 + std::tanh(cubed)) / 2.0 : 1.0 / (1.0 + std::exp(-gate));
+                gated.push_back(static_cast<float>(gate * open * up));
             }
         }
-        const std::vector<double> down = expected_product(l.down, gated, s.tokens()).y;
+        const std::vector<double> down = norm_rows(product(l.down, gated, s.tokens(), l.down_bias), l.mlp_after);
         for (size_t i = 0; i < y.size(); ++i) y[i] += down[i];
         return y;
     }

@@ -32,18 +32,22 @@ void check_norm(int64_t tokens, int64_t n, Random &random) {
     }
 }
 
-void check_silu(int64_t tokens, int64_t n, Random &random) {
+void check_gated(fewbit::Activation activation, int64_t tokens, int64_t n, Random &random) {
     std::vector<float> x = random.values(tokens * 2 * n);
     // beyond what e^x can hold
     for (float far : {-200.0f, 200.0f}) x[static_cast<size_t>(random.whole(0, n - 1))] = far;
     std::vector<float> y(static_cast<size_t>(tokens * n), kNan);
-    fewbit::gated_silu_rows(x.data(), y.data(), tokens, n);
+    fewbit::gated_rows(activation, x.data(), y.data(), tokens, n);
     for (int64_t t = 0; t < tokens; ++t) {
         for (int64_t i = 0; i < n; ++i) {
             const double gate = static_cast<double>(x[static_cast<size_t>(t * 2 * n + i)]);
             const double up = static_cast<double>(x[static_cast<size_t>(t * 2 * n + n + i)]);
-            const double e = gate / (1.0 + std::exp(-gate)) * up;
-            expect_near("gated_silu", n, t * n + i, y[static_cast<size_t>(t * n + i)], e, 1e-6 * std::fabs(e) + 1e-30);
+            const double cubed = std::sqrt(2.0 / 3.14159265358979) * (gate + 0.044715 * gate * gate * gate);
+            const bool silu = activation == fewbit::Activation::silu;
+            const double e = (silu ? gate / (1.0 + std::exp(-gate)) : gate * (1.0 + std::tanh(cubed)) / 2.0) * up;
+            // below zero GELU is a small e^x of a large x, whose rounding it multiplies
+            const double near = silu ? 1e-6 * std::fabs(e) + 1e-30 : 2e-5 * std::fabs(e) + 1e-14 * std::fabs(gate * up);
+            expect_near("gated", n, t * n + i, y[static_cast<size_t>(t * n + i)], e, near);
         }
     }
 }
@@ -212,7 +216,8 @@ std::string test_ops(int) {
     for (int64_t n = 1; n <= 100; ++n) {
         const int64_t tokens = n % 10 == 0 ? 400 : random.whole(1, 5);
         check_norm(tokens, n, random);
-        check_silu(tokens, n, random);
+        check_gated(fewbit::Activation::silu, tokens, n, random);
+        check_gated(fewbit::Activation::gelu_tanh, tokens, n, random);
         count += 2;
     }
     for (int64_t width : {16, 32, 48, 64, 128}) {
@@ -254,8 +259,9 @@ AttendShape random_shape(Random &random) {
 
 // One query head of one token over positions [0, seen) of its sequence.
 void check_head(const AttendShape &s, const TestCache &cache, const int64_t *pages, const float *q, int64_t head,
-                int64_t seen, float scale, const float *y) {
+                int64_t seen, const fewbit::Scores &scores, const float *y) {
     std::vector<double> weights;
+    const int64_t first = scores.window > 0 ? std::max<int64_t>(0, seen - scores.window) : 0;
     const auto row = [&](int64_t p) {
         return pages[p / s.page_size] * s.page_size + p % s.page_size;
     };
@@ -265,13 +271,17 @@ void check_head(const AttendShape &s, const TestCache &cache, const int64_t *pag
         for (int64_t d = 0; d < s.width; ++d) {
             score += static_cast<double>(q[d]) * static_cast<double>(cache.key(row(p), head / s.group, d));
         }
-        weights.push_back(score * static_cast<double>(scale));
+        score *= static_cast<double>(scores.scale);
+        const auto cap = static_cast<double>(scores.soft_cap);
+        if (cap > 0.0) score = cap * std::tanh(score / cap);
+        weights.push_back(p < first ? -INFINITY : score);
         largest = std::max(largest, weights.back());
     }
     for (double &w : weights) total += w = std::exp(w - largest);
     for (int64_t d = 0; d < s.width; ++d) {
         double e = 0.0, absolute = 0.0;
         for (int64_t p = 0; p < seen; ++p) {
+            if (p < first) continue;
             const auto value = static_cast<double>(cache.value(row(p), head / s.group, d));
             const double part = weights[static_cast<size_t>(p)] / total * value;
             e += part;
@@ -311,10 +321,12 @@ void check_attention(const AttendShape &s, Random &random) {
     const int64_t tokens = starts.back();
     const std::vector<float> q = random.values(tokens * heads * s.width);
     std::vector<float> y(q.size(), kNan);
-    const float scale = 1.0f / std::sqrt(static_cast<float>(s.width));
+    const fewbit::Scores scores{1.0f / std::sqrt(static_cast<float>(s.width)),
+                                random.one_of<int64_t>({0, 0, 1, 5, 16, 64, 255, 256, 300}),
+                                random.whole(0, 2) ? 0.0f : 1.5f};
     const fewbit::Sequences sequences{pages.data(), s.lengths.data(), starts.data(), s.count, per_sequence, s.page_size};
     const auto attend = [&] {
-        return fewbit::attend_paged(q.data(), cache.view(), sequences, tokens, heads, s.width, scale, y.data());
+        return fewbit::attend_paged(q.data(), cache.view(), sequences, tokens, heads, s.width, scores, y.data());
     };
     if (!attend()) fail("attention refused: " + s.words());
     for (int64_t i = 0; i < s.count; ++i) {
@@ -322,7 +334,7 @@ void check_attention(const AttendShape &s, Random &random) {
             const int64_t seen = s.lengths[static_cast<size_t>(i)] - (starts[static_cast<size_t>(i) + 1] - t) + 1;
             for (int64_t h = 0; h < heads; ++h) {
                 const int64_t at = (t * heads + h) * s.width;
-                check_head(s, cache, pages.data() + i * per_sequence, q.data() + at, h, seen, scale, y.data() + at);
+                check_head(s, cache, pages.data() + i * per_sequence, q.data() + at, h, seen, scores, y.data() + at);
             }
         }
     }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewbit.kernels._cpu_ops import NativeStack
 from fewbit.kernels.cpu import Cpu
-from fewbit.kernels.ops import Batch, Layer, Stack
+from fewbit.kernels.ops import Batch, Experts, Layer, Stack, no_product
 from fewbit.kernels.ops import cached as as_cached
 from fewbit.kernels.reference import backend as reference
 from fewbit.layers import Linear
@@ -24,6 +24,14 @@ ROWS = PAGE * PAGES
 SPECS = ("int4g32", "int8g32a", "gguf:q4_1")
 
 MakeLayers = Callable[..., list[Layer]]
+# what layers of other decoders have besides
+OTHERS: list[dict[str, Any]] = [
+    {"qkv_bias": True},
+    {"q_norm": WIDTH, "k_norm": WIDTH, "window": 40},
+    {"attention_after": D, "mlp_after": D, "scale": 0.02, "soft_cap": 2.0, "window": 7, "activation": "gelu_tanh"},
+    {"attention_after": D, "mlp_after": D, "attention_norm": None, "mlp_norm": None, "q_norm": HEADS * WIDTH,
+     "k_norm": KV * WIDTH, "rotation": 1, "down_bias": True, "o_bias": True, "gate_up_bias": True},
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -56,6 +64,21 @@ def make_layers(make_tensor: Callable[..., Any]) -> MakeLayers:
         return found
 
     return make
+
+
+def other(layer: Layer, parts: dict[str, Any]) -> Layer:
+    """The layer with `parts`: norms of so many random numbers, biases of its products, and what is no tensor."""
+    random, changes = torch.Generator().manual_seed(9), {}
+    for name, part in parts.items():
+        if name.endswith("_bias"):
+            product: Any = getattr(layer, name.removesuffix("_bias"))
+            bias = torch.randn(product.packed.shape[0], generator=random) / 4
+            changes[name.removesuffix("_bias")] = Linear(product.backend, product.packed, bias)
+        elif "norm" in name or name.endswith("_after"):
+            changes[name] = None if part is None else 1 + torch.randn(part, generator=random) / 4
+        else:
+            changes[name] = part
+    return replace(layer, **changes)
 
 
 def tables(lengths: Sequence[int], fresh: Sequence[int]) -> tuple[Batch, Tensor, Tensor]:
@@ -119,6 +142,33 @@ def test_one_call_is_what_the_operations_are_to_the_bit(
             assert y.isfinite().all()
             assert torch.equal(x, hidden(tokens))
             assert torch.equal(cached(mine), cached(theirs))
+
+
+@pytest.mark.usefixtures("nan_outputs", "no_layers")
+def test_layers_of_other_decoders_are_what_the_operations_are_to_the_bit(
+    each_isa: Cpu, make_layers: MakeLayers
+) -> None:
+    plain = make_layers(each_isa, len(OTHERS))
+    layers = [other(layer, parts) for layer, parts in zip(plain, OTHERS, strict=True)]
+    mine, theirs = native_stack(each_isa, layers, torch.float16), filled(Stack(each_isa.ops, layers), torch.float16)
+    for tokens in (1, 3, 20):
+        batch, cos, sin = tables([37, 300], [tokens // 3, tokens - tokens // 3])
+        # a second rotation, the other way
+        angles = torch.stack((cos, cos)), torch.stack((sin, -sin))
+        y, expected = mine(hidden(tokens), *angles, batch), theirs(hidden(tokens), *angles, batch)
+        assert torch.equal(y, expected)
+        assert torch.equal(cached(mine), cached(theirs))
+        assert y.isfinite().all()
+    # each part is seen
+    for layer, simple, parts in zip(layers, plain, OTHERS, strict=True):
+        whole = native_stack(each_isa, [layer], torch.float16)(hidden(tokens), *angles, batch)
+        for name in parts:
+            # a norm of q alone is refused, and so is a layer without any norm
+            pairs = {"q_norm": "k_norm", "k_norm": "q_norm", "attention_after": "attention_norm"}
+            names = {name.removesuffix("_bias"), pairs.get(name, name.removesuffix("_bias"))}
+            without = replace(layer, **{n: getattr(simple, n) for n in names})
+            changed = native_stack(each_isa, [without], torch.float16)(hidden(tokens), *angles, batch)
+            assert not torch.equal(changed, whole), name
 
 
 @pytest.mark.usefixtures("no_layers")
@@ -211,11 +261,20 @@ def test_what_the_native_code_does_not_take_runs_by_the_definition(native: Cpu, 
     apart = torch.cat([hidden(3), hidden(3)], dim=1)[:, :D]
     assert torch.equal(mine(apart, cos, sin, batch), theirs(apart, cos, sin, batch))
     slow, first = make_layers(reference(), 1)[0], layers[0]
-    biased = Linear(native, first.o.packed, torch.zeros(D))  # type: ignore[attr-defined]
+    biased = Linear(native, first.o.packed, torch.zeros(D, dtype=torch.float64))  # type: ignore[attr-defined]
     odd = {
         "another backend's product": replace(first, down=slow.down),
-        "a bias": replace(first, o=biased),
-        "an activation": replace(first, activation="gelu_tanh"),
+        "a bias in another type": replace(first, o=biased),
+        "an activation": replace(first, activation="relu"),
+        "a part of a head turned": replace(first, turned=8),
+        "a norm of half a head": replace(first, q_norm=torch.ones(WIDTH // 2)),
+        "norms of heads and of all": replace(first, q_norm=torch.ones(WIDTH), k_norm=torch.ones(KV * WIDTH)),
+        "experts": replace(
+            first,
+            gate_up=no_product,
+            down=no_product,
+            experts=Experts(torch.ones(1, D), [first.gate_up], [first.down], 1, True),
+        ),
         "a norm in another type": replace(first, mlp_norm=first.mlp_norm.double()),
         "narrow heads": replace(first, heads=12, kv_heads=4, width=8),
         "shapes that do not fit": replace(first, heads=4, kv_heads=3),

@@ -38,7 +38,10 @@ def test_norm_and_gate(each_isa, random, n):
         x = random(tokens, n) * torch.tensor([1e-4, 1.0, 1e4])[torch.arange(tokens) % 3, None]
         torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), RMS_NORM(ops, x, weight, 1e-5), rtol=1e-5, atol=1e-7)
         gate_up = random(tokens, 2 * n, seed=2)
-        torch.testing.assert_close(ops.gated(gate_up, "silu"), GATED(ops, gate_up, "silu"), rtol=1e-5, atol=1e-7)
+        for activation in ("silu", "gelu_tanh"):
+            # torch's own GELU in float32 loses what is far below zero
+            expected = GATED(ops, gate_up.double(), activation)
+            torch.testing.assert_close(ops.gated(gate_up, activation).double(), expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.usefixtures("no_fallback")
@@ -214,9 +217,50 @@ def test_attention_on_the_paged_cache(each_isa, lengths, fresh, page_size, dtype
         assert torch.equal(ops.attend(q, k_cache, v_cache, batch, 0.2), mine)
 
 
+# window, cap of scores
+VIEWS = [(1, 0.0), (7, 0.0), (64, 0.0), (255, 1.5), (256, 0.0), (300, 0.0), (0, 0.7)]
+
+
+@pytest.mark.usefixtures("nan_outputs")
+@pytest.mark.parametrize(("window", "cap"), VIEWS)
+def test_attention_of_windows_and_held_scores(each_isa, window, cap):
+    rows, heads, kv, width, ops = 4000, 6, 2, 32, each_isa.ops
+    for lengths, fresh, page_size in ATTENTION:
+        batch = batch_of(lengths, fresh, page_size, rows)
+        q = normal(sum(fresh), heads, width, seed=1)
+        k_cache, v_cache = (torch.full((rows, kv, width), float("nan")) for _ in range(2))
+        for i, n in enumerate(lengths):
+            at = batch.pages[i, torch.arange(n) // page_size] * page_size + torch.arange(n) % page_size
+            k_cache[at], v_cache[at] = normal(n, kv, width, seed=2 + i), normal(n, kv, width, seed=20 + i)
+        mine = ops.attend(q, k_cache, v_cache, batch, 0.4, window, cap)
+        exact = _seen_by_a_loop(q, k_cache, v_cache, batch, 0.4, window, cap)
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-5)
+        definition = ATTEND(ops, q.double(), k_cache.double(), v_cache.double(), batch, 0.4, window, cap)
+        torch.testing.assert_close(definition, exact, rtol=1e-9, atol=1e-9)
+
+
+def _seen_by_a_loop(q, k_cache, v_cache, batch, scale, window, cap):
+    """Token by token and head by head, in double."""
+    out = torch.empty(len(q), q.shape[1], q.shape[2], dtype=torch.float64)
+    for s, length in enumerate(batch.lengths.tolist()):
+        first, last = batch.starts[s].item(), batch.starts[s + 1].item()
+        for t in range(first, last):
+            end = length - (last - t) + 1
+            p = torch.arange(max(0, end - window) if window else 0, end)
+            at = batch.pages[s, p // batch.page_size] * batch.page_size + p % batch.page_size
+            for h in range(q.shape[1]):
+                kv = h * k_cache.shape[1] // q.shape[1]
+                scores = k_cache[at, kv].double() @ q[t, h].double() * scale
+                if cap:
+                    scores = cap * (scores / cap).tanh()
+                out[t, h] = scores.softmax(0) @ v_cache[at, kv].double()
+    return out.flatten(1)
+
+
 @pytest.mark.usefixtures("no_fallback", "nan_outputs")
+@pytest.mark.parametrize("view", [(0, 0.0), (37, 2.0), (130, 0.0)])
 @pytest.mark.parametrize("dtype", CACHES)
-def test_a_prompt_attends_the_same_whole_and_in_any_pieces(each_isa, random, dtype):
+def test_a_prompt_attends_the_same_whole_and_in_any_pieces(each_isa, random, dtype, view):
     rows, n, page = 900, 300, 16
     k_cache, v_cache = (cached(random(rows, 2, 32, seed=s), dtype) for s in (1, 2))
     q, pages = random(n, 6, 32, seed=3), torch.randperm(56, generator=torch.Generator().manual_seed(4))[None]
@@ -224,7 +268,7 @@ def test_a_prompt_attends_the_same_whole_and_in_any_pieces(each_isa, random, dty
     def attended(first: int, last: int) -> Tensor:
         starts = torch.tensor([0, last - first])
         batch = Batch(torch.empty(0, dtype=torch.int64), pages, torch.tensor([last]), starts, page)
-        return each_isa.ops.attend(q[first:last].contiguous(), k_cache, v_cache, batch, 0.1)
+        return each_isa.ops.attend(q[first:last].contiguous(), k_cache, v_cache, batch, 0.1, *view)
 
     whole = attended(0, n)
     for step in (1, 3, 17, 128):
@@ -264,7 +308,7 @@ def test_what_the_native_code_does_not_take_goes_to_the_definition(native, rando
     assert isinstance(ops, CpuOps)
     x = random(4, 20)
     assert torch.equal(ops.rms_norm(x.t(), x[:, 0].clone(), 1e-5), DEFINITION.rms_norm(x.t(), x[:, 0].clone(), 1e-5))
-    assert torch.equal(ops.gated(x, "gelu_tanh"), DEFINITION.gated(x, "gelu_tanh"))
+    assert torch.equal(ops.gated(x.double(), "gelu_tanh"), DEFINITION.gated(x.double(), "gelu_tanh"))
     with pytest.raises(ValueError, match="unknown gated"):
         ops.gated(x, "relu")
     batch = batch_of([40], [20], 8, 64)

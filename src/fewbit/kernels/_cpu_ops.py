@@ -14,6 +14,7 @@ from fewbit.kernels.ops import Batch, Layer, Ops, Product, Stack, cached_width
 # a step of more tokens is a native call for each layer, between which Python looks for signals (Ctrl-C)
 MOST_TOKENS_AT_ONCE = 16
 # the caches that native code reads and writes, and its numbers for them
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 CACHES = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
 
 
@@ -57,10 +58,10 @@ class CpuOps(Ops):
     def gated(self, gate_up: Tensor, activation: str) -> Tensor:
         """gate_up [T, 2n] -> [T, n]."""
         n = gate_up.shape[-1] // 2
-        if activation != "silu" or not _is_rows(gate_up, 2 * n):
+        if activation not in ACTIVATIONS or not _is_rows(gate_up, 2 * n):
             return super().gated(gate_up, activation)
         y = torch.empty(gate_up.shape[0], n)
-        self.native.gated_silu(gate_up.data_ptr(), y.data_ptr(), gate_up.shape[0], n)
+        self.native.gated(ACTIVATIONS[activation], gate_up.data_ptr(), y.data_ptr(), gate_up.shape[0], n)
         return y
 
     def rotate_append(
@@ -129,8 +130,6 @@ class CpuOps(Ops):
         taken = (
             width % 16 == 0
             and heads % kv == 0
-            and not window
-            and not soft_cap
             and q.dtype is torch.float32
             and q.is_cpu
             and q.is_contiguous()
@@ -157,6 +156,8 @@ class CpuOps(Ops):
             heads,
             width,
             scale,
+            window,
+            soft_cap,
             out.data_ptr(),
         )
         if not attended:
@@ -174,15 +175,28 @@ class NativeStack(Stack):
 
     def __init__(self, ops: CpuOps, layers: Sequence[Layer]) -> None:
         self.native: Any = ops.native.Stack()
-        for layer in layers:
+        for i, layer in enumerate(layers):
             self.native.add(
-                *(0 if norm is None else norm.data_ptr() for norm in (layer.attention_norm, layer.mlp_norm)),
+                *_addresses(layer.attention_norm, layer.mlp_norm),
                 layer.eps,
                 *(_matrix(ops.native, p) for p in (layer.qkv, layer.o, layer.gate_up, layer.down)),
                 layer.heads,
                 layer.kv_heads,
                 layer.width,
             )
+            if not layer.is_plain or any(_biases(layer)) or layer.activation != "silu":
+                self.native.set_extras(
+                    i,
+                    *_addresses(layer.attention_after, layer.mlp_after, layer.q_norm, layer.k_norm),
+                    layer.q_norm is not None and layer.q_norm.shape[0] > layer.width,
+                    *_biases(layer),
+                    layer.scale or 0.0,
+                    layer.soft_cap,
+                    layer.window,
+                    layer.rotation,
+                    ACTIVATIONS[layer.activation],
+                )
+        self._rotations = 1 + max(layer.rotation for layer in layers)
         super().__init__(ops, layers)
 
     def allocate(self, rows: int, dtype: torch.dtype) -> None:
@@ -198,7 +212,7 @@ class NativeStack(Stack):
         tokens, first = x.shape[0], self.layers[0]
         taken = (
             _is_rows(x, first.norm.shape[0])
-            and all(_is_rows(t, first.width // 2) and t.shape[0] == tokens for t in (cos, sin))
+            and all(_are_angles(t, self._rotations, tokens, first.width // 2) for t in (cos, sin))
             and _are_indices(batch.slots)
             and batch.slots.shape == (tokens,)
             and _is_paged(batch)
@@ -241,28 +255,60 @@ class NativeStack(Stack):
         return super().__call__(x, cos, sin, batch)
 
 
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def _biases(layer: Layer) -> list[int]:
+    """Where those of the four products lie, 0 for none."""
+    return _addresses(*(getattr(p, "bias", None) for p in (layer.qkv, layer.o, layer.gate_up, layer.down)))
+
+
 def _matrix(native: ModuleType, product: Product) -> Any:
-    """The native matrix that is all of a product, or None: another backend's, or one with a bias."""
-    packed = getattr(product, "packed", None)
-    if packed is None or not isinstance(packed.data, native.Matrix) or getattr(product, "bias", None) is not None:
+    """The native matrix of a product, or None: another backend's, or one with a bias that native code does not add."""
+    packed, bias = getattr(product, "packed", None), getattr(product, "bias", None)
+    if packed is None or not isinstance(packed.data, native.Matrix):
         return None
-    return packed.data
+    return packed.data if bias is None or _is_rows(bias[None], packed.shape[0]) else None
+
+
+def _are_angles(t: Tensor, rotations: int, tokens: int, half: int) -> bool:
+    """Cosines or sines of at least so many rotations; of one, without its axis."""
+    shape = t.shape if t.dim() == 3 else (1, *t.shape)
+    return (
+        len(shape) == 3
+        and shape[0] >= rotations
+        and tuple(shape[1:]) == (tokens, half)
+        and t.dtype is torch.float32
+        and t.is_cpu
+        and t.is_contiguous()
+    )
 
 
 def _takes(native: ModuleType, layer: Layer, d: int) -> bool:
     """Whether the native code runs this layer, over a hidden state of width `d`."""
     qkv, o, gate_up, down = (_matrix(native, p) for p in (layer.qkv, layer.o, layer.gate_up, layer.down))
-    if not layer.is_plain or qkv is None or o is None or gate_up is None or down is None:
+    if qkv is None or o is None or gate_up is None or down is None:
         return False
-    heads, inner = layer.heads * layer.width, down.column_count
+    heads, kv, inner = layer.heads * layer.width, layer.kv_heads * layer.width, down.column_count
     shapes = [(m.row_count, m.column_count) for m in (qkv, o, gate_up, down)]
+    norms = (layer.attention_norm, layer.mlp_norm, layer.attention_after, layer.mlp_after)
     return (
-        shapes == [(heads + 2 * layer.kv_heads * layer.width, d), (d, heads), (2 * inner, d), (d, inner)]
-        and all(norm is not None and _is_rows(norm[None], d) for norm in (layer.attention_norm, layer.mlp_norm))
-        and layer.activation == "silu"
+        shapes == [(heads + 2 * kv, d), (d, heads), (2 * inner, d), (d, inner)]
+        and all(norm is None or _is_rows(norm[None], d) for norm in norms)
+        and any(_norms_heads(layer, whole) for whole in (False, True))
+        and layer.turned is None
+        and layer.activation in ACTIVATIONS
         and layer.width % 16 == 0
         and layer.heads % layer.kv_heads == 0
     )
+
+
+def _norms_heads(layer: Layer, whole: bool) -> bool:
+    """Whether the norms of q and k are over all heads together, or each, or not there."""
+    sizes = [(n if whole else 1) * layer.width for n in (layer.heads, layer.kv_heads)]
+    pairs = zip((layer.q_norm, layer.k_norm), sizes, strict=True)
+    return all(norm is None or _is_rows(norm[None], size) for norm, size in pairs)
 
 
 def _is_paged(batch: Batch) -> bool:
