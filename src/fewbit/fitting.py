@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,8 @@ def fit(
     parts, joints = measure(source, device, windows, told)
     found = choose(source, parts, fitted(parts, joints), budget)
     say(f"chosen for {budget / 1e6:.1f} MB: {_census(parts, found.mixed)}; predicted KL {found.predicted:.4f}")
-    if any(m.NEEDS for m in Options(**options).modules):
+    known = {field.name for field in fields(Options)}
+    if any(m.NEEDS for m in Options(**{k: v for k, v in options.items() if k in known}).modules):
         # what is judged on is not calibrated on
         options["windows"] = len(windows) - HELD_OUT
     else:
