@@ -6,6 +6,7 @@ import argparse
 from typing import Any, NoReturn
 
 from fewbit.cli._failures import UsageError
+from fewbit.config_values import parse_bytes
 from fewbit.errors import FewbitError
 from fewbit.lookup import nearest
 
@@ -82,3 +83,11 @@ def add_device(parser: argparse._ActionsContainer, default: str = "auto") -> Non
         default=default,
         help="auto (a card that has room, else the CPU), cpu, cuda or cuda:N (default %(default)s)",
     )
+
+
+def size(text: str) -> int:
+    """An option's bytes: `40GB`, `16GiB`, `56MB`."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fewbit.kernels import Packed, _nvrtc
 from fewbit.kernels._cuda_attention import BITS, WIDTHS, Attention, Spans
+from fewbit.kernels._cuda_halves import Halves
 from fewbit.kernels._nvrtc import pointers, run
-from fewbit.kernels.cuda import FUSED_TOKENS, Cuda, Halves
+from fewbit.kernels.cuda import FUSED_TOKENS, Cuda
 from fewbit.kernels.ops import Batch, Cache, Layer, Ops, Product, Stack
 
 # a token's hidden state lies in the registers of one block
@@ -129,9 +130,16 @@ class CudaStack(Stack):
             else:
                 attended = self.attention.many(layer, qkv, cos, sin, cache, batch, spans)
             delta = layer.o(attended)
-            gate_up = layer.gate_up(self.cuda.add_norm(x, delta, layer.mlp_norm, layer.eps))
-            delta = layer.down(self.cuda.gated(gate_up, layer.activation))
+            delta = layer.down(self._gated(layer, self.cuda.add_norm(x, delta, layer.mlp_norm, layer.eps)))
         return x if delta is None else x.add_(delta)
+
+    def _gated(self, layer: Layer, x: Tensor) -> Tensor:
+        """x [T, d], after its norm -> activation(gate) * up [T, n], of one product where that takes so many tokens."""
+        if self._fused:
+            backend, packed = _backend(layer), _packed(layer.gate_up)
+            if backend.can_gate(packed) and len(x) <= backend.fused_tokens(packed):
+                return backend.gated(backend.halve(x), packed)
+        return self.cuda.gated(layer.gate_up(x), layer.activation)
 
     def _fused_layer(self, x: Tensor, layer: Layer, cache: Cache, cos: Tensor, sin: Tensor, batch: Batch) -> None:
         """Adds a layer's parts to x [S, d] where it lies; activations go from kernel to kernel as halves."""

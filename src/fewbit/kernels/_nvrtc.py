@@ -262,7 +262,9 @@ def _options(arch: int, defines: Mapping[str, object]) -> list[str]:
     # machine code runs on later minor versions, not on later major ones
     kind = "sm" if older[-1] // 10 == arch // 10 else "compute"
     given = [f"-D{key}={value}" for key, value in sorted(defines.items())]
-    return [f"--gpu-architecture={kind}_{older[-1]}", "--std=c++17", "-default-device", *given]
+    # wgmma is no part of plain sm_90, which has no other minor version either
+    exact = "a" if older[-1] == arch == 90 else ""
+    return [f"--gpu-architecture={kind}_{older[-1]}{exact}", "--std=c++17", "-default-device", *given]
 
 
 def compiled(source: str, defines: Mapping[str, object], arch: int) -> bytes:

@@ -146,15 +146,20 @@ class Ops:
         return self.rms_norm(x.reshape(-1, columns), weight, eps).view(x.shape)
 
     def mixture(self, x: Tensor, experts: Experts, activation: str) -> Tensor:
-        """x [T, d] -> [T, d]: each token through its experts."""
+        """x [T, d] -> [T, d]: each token through its experts, an expert's tokens together."""
         chosen, weights = self.route(x, experts)
-        out = torch.zeros_like(x)
-        # in the order of the experts, so that a token's sum has one order
-        for e in chosen.unique().tolist():
-            tokens, place = (chosen == e).nonzero(as_tuple=True)
-            y = self.expert(x.index_select(0, tokens), experts, e, tokens, activation)
-            out = out.index_add(0, tokens, y * weights[tokens, place, None])
-        return out
+        flat = chosen.flatten()
+        order = flat.argsort(stable=True)
+        tokens = (order // experts.used).split(flat.bincount(minlength=len(experts.down)).tolist())
+        parts = [
+            self.expert(x.index_select(0, mine), experts, e, mine, activation)
+            for e, mine in enumerate(tokens)
+            if len(mine)
+        ]
+        # back in the order of tokens: adding up where they lie would have no fixed order on a card
+        found = torch.cat(parts)[order.argsort()].unflatten(0, chosen.shape)
+        summed: Tensor = (found * weights[..., None]).sum(1)
+        return summed
 
     def route(self, x: Tensor, experts: Experts, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The experts each token of x [T, d] takes, int64 [T, used], and what each counts, float32 [T, used].

@@ -101,7 +101,8 @@ def plan(source: Source, context: int, exact: bool, cached: torch.dtype, on_card
         0 if cached.is_floating_point else 2 * context * a.num_key_value_heads * a.head_dim * (2 if on_card else 4)
     )
     # residual, its norm and what is added; then the widest of what attention and the gated product hold at once
-    activations = 4 * tokens * (3 * a.hidden_size + max(2 * attention, 3 * a.intermediate_size))
+    widest = max(2 * attention, 3 * a.intermediate_size, 3 * a.experts_used * a.hidden_size)
+    activations = 4 * tokens * (3 * a.hidden_size + widest)
     # a matrix is unpacked while it is laid out, or dequantized beside its place
     laid_out = max(counts[w.name] * (5 if w.name in widened else 2) for w in source.weights)
     workspace = activations + expanded + laid_out + 16 * 4 * a.vocab_size + (MARGIN if on_card else 0)
