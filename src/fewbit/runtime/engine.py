@@ -395,6 +395,5 @@ def load(
         if device != "auto":
             raise
         note = f"The CPU is used. {error.what} {error.facts}"
-    return LanguageModel(
-        source, exact, context, progress, cache, replace(placed(source, "cpu", exact, context, cache), note=note)
-    )
+    placement = replace(placed(source, "cpu", exact, context, cache), note=note)
+    return LanguageModel(source, exact, context, progress, cache, placement)
