@@ -4,13 +4,12 @@
 
 Each target runs for its share of the seconds, from the kept corpus and from seeds made anew; inputs that reach new
 code are gathered in build/fuzz/TARGET. A crash, a hang of 20 seconds, or more than 2 GiB ends it with exit code 1, and
-the input lies in build/fuzz. --keep then replaces the kept corpus by a smaller one of the same coverage.
+the input lies in build/fuzz. --keep then adds what was found to the kept corpus, as far as it may grow.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CORPUS, WORK = HERE / "corpus", HERE.parent / "build" / "fuzz"
 # a kept corpus is test data: small files, and not too many
-KEPT_FILE, KEPT_ALL = 8 << 10, 96 << 10
+KEPT_FILE, KEPT_ALL = 8 << 10, 64 << 10
 LIMITS = ["-timeout=20", "-rss_limit_mb=2048", "-max_len=65536", "-print_final_stats=1"]
 
 
@@ -45,20 +44,17 @@ def inside(target: str, options: list[str]) -> None:
 
 
 def keep(target: str) -> None:
-    """A corpus of small files that reach what all found ones reach, the smallest first until there is no more room."""
-    merged = WORK / f"{target}-kept"
-    shutil.rmtree(merged, ignore_errors=True)
-    merged.mkdir(parents=True)
-    if fuzz(target, ["-merge=1", f"-max_len={KEPT_FILE}", str(merged), str(WORK / target), str(CORPUS / target)]):
-        sys.exit(f"The corpus of {target} was not merged.")
-    shutil.rmtree(CORPUS / target)
-    (CORPUS / target).mkdir()
-    room = KEPT_ALL
-    for file in sorted(merged.iterdir(), key=lambda f: f.stat().st_size):
-        room -= file.stat().st_size
-        if room < 0:
-            break
-        shutil.copy(file, CORPUS / target / file.name[:16])
+    """Found inputs beside the kept ones, the smallest first until there is no more room. Each once reached something
+    new: libFuzzer gathers no others, and replaces one by a smaller one that reaches the same.
+    """
+    kept = {file.read_bytes() for file in (CORPUS / target).iterdir()}
+    room = KEPT_ALL - sum(map(len, kept))
+    for file in sorted((WORK / target).iterdir(), key=lambda f: f.stat().st_size):
+        data = file.read_bytes()
+        if data in kept or not 0 < len(data) <= min(room, KEPT_FILE):
+            continue
+        room -= len(data)
+        (CORPUS / target / file.name[:16]).write_bytes(data)
 
 
 def main() -> None:
@@ -66,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"{', '.join(targets)} (default: all)")
     parser.add_argument("--seconds", type=int, default=600, help="for all targets together (default: %(default)s)")
-    parser.add_argument("--keep", action="store_true", help="replace the kept corpus by what was found")
+    parser.add_argument("--keep", action="store_true", help="add what was found to the kept corpus")
     args = parser.parse_args()
     chosen = args.targets or targets
     if unknown := sorted(set(chosen) - set(targets)):
