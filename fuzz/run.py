@@ -64,14 +64,17 @@ def keep(target: str) -> None:
 def main() -> None:
     targets = sorted(p.name for p in CORPUS.iterdir())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="*", choices=targets, default=targets, metavar="TARGET")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"{', '.join(targets)} (default: all)")
     parser.add_argument("--seconds", type=int, default=600, help="for all targets together (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="replace the kept corpus by what was found")
     args = parser.parse_args()
+    chosen = args.targets or targets
+    if unknown := sorted(set(chosen) - set(targets)):
+        parser.error(f"there is no target {', '.join(unknown)}; known: {', '.join(targets)}")
     failed = []
-    for target in args.targets:
+    for target in chosen:
         (WORK / target).mkdir(parents=True, exist_ok=True)
-        limit = f"-max_total_time={max(1, args.seconds // len(args.targets))}"
+        limit = f"-max_total_time={max(1, args.seconds // len(chosen))}"
         options = [*LIMITS, limit, f"-artifact_prefix={WORK}/{target}-", str(WORK / target), str(CORPUS / target)]
         if fuzz(target, options):
             failed.append(target)

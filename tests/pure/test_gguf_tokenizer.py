@@ -173,6 +173,15 @@ def test_a_file_without_the_space_before_the_text_says_so() -> None:
     assert made.decode(ids(made, " the")) == " the"
 
 
+def test_text_never_becomes_a_control_token_that_is_not_written_out() -> None:
+    """A control token with the sign for a space is not in the text, but could be made of its pieces."""
+    space = {"tokens": ["<unk>", "\u2581", "a", "\u2581a"], "scores": [0.0, -2.0, -2.0, -1.0]}
+    for kind, expected in ((3, [1, 2]), (1, [3])):
+        data = {"model": "llama", **space, "token_type": [2, 1, 1, kind]}
+        made = Tokenizer.from_str(convert({f"tokenizer.ggml.{k}": v for k, v in data.items()}, "t.gguf").json)
+        assert ids(made, "a") == expected
+
+
 def test_bytes_are_spelled_only_where_there_are_tokens_for_them() -> None:
     data = {**KINDS["llama"], "tokenizer.ggml.token_type": [1 if t == 6 else t for t in _types("llama")]}
     made = Tokenizer.from_str(convert(data, "t.gguf").json)

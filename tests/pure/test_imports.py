@@ -59,9 +59,24 @@ MAY_IMPORT["walk"] |= {"preflight", "passes", "memory", "fetching"}
 MAY_IMPORT["companions"] = {"checkpoint", "source", "tokenizer"}
 MAY_IMPORT["runtime"] |= {"prepared", "random_models", "fetching"}
 MAY_IMPORT["self_calibration"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
+MAY_IMPORT["recipes"] = {"errors", "lookup", "models"}
 MAY_IMPORT["quantizer"] = MAY_IMPORT["walk"] | {"walk", "models", "tokenizer", "store", "calibration"}
 MAY_IMPORT["quantizer"] |= {"self_calibration", "companions"}
 MAY_IMPORT["on_demand"] = {"errors", "checkpoint", "source", "store", "quantizer"}
+MAY_IMPORT["quantizer"] |= {"recipes"}
+MAY_IMPORT["allocation"] = {"errors"}
+MAY_IMPORT["rates"] = MAY_IMPORT["sensitivity"] | MAY_IMPORT["walk"] | {"sensitivity", "walk", "allocation"}
+MAY_IMPORT["curve"] = {"allocation", "rates"}
+MAY_IMPORT["judge"] = {"blocks", "passes", "sensitivity", "source"}
+MAY_IMPORT["fitting"] = MAY_IMPORT["rates"] | {
+    "rates",
+    "curve",
+    "judge",
+    "quantizer",
+    "calibration",
+    "tokenizer",
+    "store",
+}
 MAY_IMPORT["engines"] = {"errors"}
 MAY_IMPORT["exports"] = MAY_IMPORT["walk"] | {"walk", "companions", "models", "tokenizer", "store", "quantizer"}
 MAY_IMPORT["exports"] |= {"rotary"}

@@ -88,7 +88,8 @@ class Gguf(Checkpoint):
         """The tensor's bytes as they are."""
         entry = self._entry(name)
         layout = formats.parse(self.spec(name)).layout(entry.shape, torch.float32)
-        return {part: Extent(self._home[name].path, entry.start, dtype, shape) for part, (dtype, shape) in layout.items()}
+        file = self._home[name].path
+        return {part: Extent(file, entry.start, dtype, shape) for part, (dtype, shape) in layout.items()}
 
     def assemble(self, name: str, stored: dict[str, torch.Tensor]) -> QTensor:
         """The tensor of its bytes."""

@@ -41,6 +41,8 @@ def metadata(data: TokenizerData, rows: int, config: dict[str, Any]) -> dict[str
     model = document.get("model") or {}
     if model.get("type") != "BPE":
         raise _unsayable(f"it is a {model.get('type')}, not a BPE")
+    if not model.get("merges"):
+        raise _unsayable("it has no merges, which GGUF's readers want")
     tokens, kinds = _tokens(document, rows)
     common: dict[str, Value] = {
         "tokenizer.ggml.tokens": tokens,

@@ -142,7 +142,8 @@ def fields(packed: Tensor, run: int, bits: int, count: int) -> Tensor:
         out = wide.new_empty(*wide.shape[:-2], count, run // 8)
         for i in range(count):
             torch.bitwise_right_shift(wide[..., 0, :], bits * i, out=out[..., i, :])
-        return out.bitwise_and_(mask).flatten(-3).view(torch.uint8)
+        bytes_: Tensor = out.bitwise_and_(mask).flatten(-3).view(torch.uint8)
+        return bytes_
     shifts = torch.arange(0, bits * count, bits, dtype=packed.dtype, device=packed.device)
     found: Tensor = packed.unflatten(-1, (-1, 1, run)) >> shifts[:, None] & ((1 << bits) - 1)
     return found.flatten(-3)
