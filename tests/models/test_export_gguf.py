@@ -11,7 +11,9 @@ import torch
 
 import fewbit
 from fewbit.errors import FewbitError
+from fewbit.formats import parse
 from fewbit.runtime.cache import Sequence
+from fewbit.source import open_source
 from tests.models.decoders import CASE_NAMES, CASES, rope, written
 
 IDS = torch.randint(256, (40,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -101,3 +103,16 @@ def test_the_file_is_the_same_model(tmp_path: Path, name: str, model: str, chang
         assert "the window's 8 tokens" in summary.notes[0]
         assert fewbit.load(out, exact=True).context == count
     torch.testing.assert_close(logits(out)[:count], logits(folder)[:count], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["llama", "mixtral", "qwen3_moe", "phi3"])
+def test_codes_are_kept_in_every_place(tmp_path: Path, model: str) -> None:
+    """Permuted rows, stacks of experts, fused matrices: what was quantized stays as it is."""
+    folder = with_merges(written(tmp_path / "m", model, {}))
+    fewbit.quantize(folder, tmp_path / "q", format="int4g32", method="rtn")
+    summary = fewbit.export(tmp_path / "q", tmp_path / "q.gguf", to="gguf")
+    assert (summary.format, summary.exact) == ("q4_0", True)
+    before, after = open_source(tmp_path / "q"), open_source(tmp_path / "q.gguf")
+    for w in before.weights:
+        first, second = (parse(s.spec(w.name)).dequantize(s.read(w.name)) for s in (before, after))
+        assert torch.equal(first, second), w.name

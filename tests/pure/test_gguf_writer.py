@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +108,10 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 def test_another_that_was_faster_stays(tmp_path: Path) -> None:
     path, found = tmp_path / "m.gguf", tensors()
-    with ExitStack() as stack:
-        writer = stack.enter_context(GgufWriter(path, {}, [found["f16"][0]]))
-        writer.write("f16", found["f16"][1])
-        path.write_text("theirs")
-        with pytest.raises(FewbitError, match="exists already"):
-            stack.close()
+    writer = GgufWriter(path, {}, [found["f16"][0]]).__enter__()
+    writer.write("f16", found["f16"][1])
+    path.write_text("theirs")
+    with pytest.raises(FewbitError, match="exists already"):
+        writer.__exit__(None, None, None)
     assert path.read_text() == "theirs"
     assert len(list(tmp_path.iterdir())) == 1
