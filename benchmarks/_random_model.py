@@ -1,4 +1,4 @@
-"""A checkpoint of random weights in the shape of Llama-3.2-1B: what memory and speed are measured on."""
+"""Checkpoints of random weights on disk: one in the shape of Llama-3.2-1B, and packed ones of any known shape."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fewbit.checkpoint._safetensors import ShardWriter
+from fewbit.checkpoint._writer import Planned, quantization_config
 from fewbit.models.llama import args, weights
+from fewbit.random_models import random_model
+from fewbit.shapes import SHAPES
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
@@ -27,10 +30,7 @@ def write_random(folder: Path) -> int:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_tokenizer(folder)
     infos = weights(args(CONFIG))
     table, count = {}, 0
     for i in range(SHARDS):
@@ -45,3 +45,42 @@ def write_random(folder: Path) -> int:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
     folder.rename(whole)
     return count
+
+
+def write_packed(folder: Path, shape: str, formats: str, device: torch.device) -> int:
+    """The model of `random_model(shape, formats)` as fewbit writes it, made on `device`; returns the bytes of its
+    weight files, which are on the disk by then.
+    """
+    source = random_model(shape, formats)
+    source.checkpoint.device = device  # type: ignore[attr-defined]
+    planned = [Planned(w.name, source.spec(w.name), w.shape) for w in source.weights]
+    folder.mkdir(parents=True)
+    matrices = {w.name for w in source.weights if len(w.shape) == 2}
+    said = {"quantization_config": quantization_config(planned, matrices)} if "int" in formats else {}
+    (folder / "config.json").write_text(json.dumps(SHAPES[shape] | said))
+    _write_tokenizer(folder)
+    specs = {p.name: p.spec for p in planned if p.spec.startswith("int")}
+    table, total = {}, 0
+    for i in range(SHARDS):
+        # neighbours lie together, as in published models
+        members = planned[i * len(planned) // SHARDS : (i + 1) * len(planned) // SHARDS]
+        file = f"model-{i + 1:05}-of-{SHARDS:05}.safetensors"
+        stored = {name: where for p in members for name, where in p.stored(torch.bfloat16).items()}
+        with ShardWriter(folder / file, stored, {"fewbit": json.dumps({"specs": specs})}) as writer:
+            for p in members:
+                q = source.read(p.name)
+                for name, part in zip(p.stored(torch.bfloat16), q.parts.values(), strict=False):
+                    writer.write(name, part.cpu())
+                if f"{p.name}_shape" in stored:
+                    writer.write(f"{p.name}_shape", torch.tensor(p.shape))
+        table |= dict.fromkeys(stored, file)
+        total += (folder / file).stat().st_size
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    return total
+
+
+def _write_tokenizer(folder: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(folder / "tokenizer.json"))

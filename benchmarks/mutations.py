@@ -116,10 +116,15 @@ MUTATIONS = [
     Mutation(
         "gptq: the Hessian in the stored order",
         GPTQ,
-        "inverse_factor(hessian[order][:, order], ",
-        "inverse_factor(hessian, ",
+        "inverse_factor(hessian, target.note, order)",
+        "inverse_factor(hessian, target.note)",
     ),
-    Mutation("gptq: only the Hessian's rows in order", GPTQ, "hessian[order][:, order]", "hessian[order]"),
+    Mutation(
+        "second order: only the Hessian's rows in order",
+        ORDER,
+        "hessian[order[start : start + STRIP]][:, order]",
+        "hessian[order[start : start + STRIP]]",
+    ),
     Mutation("gptq: the weights in the stored order", GPTQ, "column_major(w[:, order])", "column_major(w)"),
     Mutation(
         "gptq: the scales in the stored order", GPTQ, "fmt.at(params, order)", "fmt.at(params, order.sort().values)"
@@ -130,8 +135,10 @@ MUTATIONS = [
     Mutation("gptq: scales fitted without the inputs", GPTQ, "fmt.fit(w, importance(hessian), ", "fmt.fit(w, None, "),
     Mutation("gptq: the drift forgotten", GPTQ, 'if "cross" in stats:', 'if "crossing" in stats:'),
     Mutation("gptq: no refinement", GPTQ, "ROUNDS = (0, 0, 2, 4)", "ROUNDS = (0, 0, 0, 0)"),
-    Mutation("second order: the lower factor", ORDER, "cholesky_ex(inverse, upper=True)", "cholesky_ex(inverse)"),
-    Mutation("second order: the Hessian's factor, not its inverse's", ORDER, "cholesky_inverse(factor)", "clone(h)"),
+    Mutation("second order: the lower factor", ORDER, "_inverted(lower).flip(0, 1)", "_inverted(lower)"),
+    Mutation("second order: the Hessian's factor, not its inverse's", ORDER, "_inverted(lower)", "lower"),
+    Mutation("second order: columns not in reverse", ORDER, "order.flip(0)", "order"),
+    Mutation("second order: blocks below not turned", ORDER, "@ below) @ -inverse", "@ below) @ inverse"),
     Mutation(
         "second order: damping one column on",
         ORDER,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fewbit.fetching import Fetcher, Stored
 from fewbit.formats import parse
 from fewbit.kernels.ops import Batch, Experts, Ops, attention, rotate, visible
 from fewbit.layers import Weights
@@ -30,11 +31,12 @@ _NUMBER = re.compile(r"\.experts\.\d+\.")
 class WindowOps(Ops):
     """Attention among the tokens of equal windows that know nothing of each other; no cache, differentiable.
 
-    tokens  which tokens of the step the products are given that run now; None: all
+    product  the type queries, keys and values are multiplied in; cards have fast kernels for 16 bits only
+    tokens   which tokens of the step the products are given that run now; None: all
     """
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    def __init__(self, length: int, product: torch.dtype = torch.float32) -> None:
+        self.length, self.product = length, product
         self._keys = self._values = torch.empty(0)
         self.tokens: Tensor | None = None
         # the experts that tokens took, and whether the next ones take the same
@@ -67,13 +69,16 @@ class WindowOps(Ops):
         soft_cap: float = 0.0,
     ) -> Tensor:
         """q [T, H, D] with T a whole number of windows -> [T, H * D]."""
-        q, k, v = (x.unflatten(0, (-1, self.length)).transpose(1, 2) for x in (q, self._keys, self._values))
+        # the fast kernels' gradients are not the same twice; held scores have no fast kernel
+        product = torch.float32 if q.requires_grad or soft_cap else self.product
+        parts = (x.to(product) for x in (q, self._keys, self._values))
+        q, k, v = (x.unflatten(0, (-1, self.length)).transpose(1, 2) for x in parts)
         self._keys = self._values = torch.empty(0)
         if soft_cap or 0 < window < self.length:
             y = attention(q, k, v, visible(self.length, self.length, window, q.device), scale, soft_cap)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        return y.transpose(1, 2).flatten(0, 1).flatten(1)
+        return y.transpose(1, 2).flatten(0, 1).flatten(1).float()
 
     def route(self, x: Tensor, experts: Experts, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As the definition, or the experts that the step before took."""
@@ -180,7 +185,7 @@ class FloatBlock:
         product: torch.dtype = torch.float32,
     ) -> None:
         self.index, self.length, self.device = index, length, device
-        self.ops = WindowOps(length)
+        self.ops = WindowOps(length, product)
         weights = FloatWeights(
             read or source.read, source.has, (), self.ops, [], device=device, context=length, product=product
         )
@@ -210,6 +215,22 @@ class FloatBlock:
         finally:
             for linear in self.linears:
                 linear.before = linear.after = None
+
+
+def load_block(
+    source: Source,
+    index: int,
+    length: int,
+    device: torch.device,
+    product: torch.dtype = torch.float32,
+    stored: Stored | None = None,
+) -> FloatBlock:
+    """A block of the source, or of what is stored elsewhere under its names; to a card its bytes come as they are."""
+    stored = stored or source
+    if device.type != "cuda":
+        return FloatBlock(source, index, length, device, stored.read, product)
+    with Fetcher(stored, [w.name for w in source.weights if w.block == index], device) as fetcher:
+        return FloatBlock(source, index, length, device, fetcher.read, product)
 
 
 def fast_product(source: Source, device: torch.device) -> torch.dtype:

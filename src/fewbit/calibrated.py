@@ -79,23 +79,32 @@ class BlockSolver:
     ) -> Solved:
         """Every tensor of the block in its format; `block` holds the quantized weights afterwards."""
         self._prepare(block, stats)
-        originals = [linear.weight.clone() for linear in block.linears]
         done = Solved({})
+        originals: list[Tensor] = []
         solved: list[list[tuple[Format, QTensor]]] = []
         seconds = []
         tunes = goals is not None and hasattr(self.modules[-1], "tune")
         for i, (linear, found) in enumerate(zip(block.linears, stats, strict=True)):
             report(linear.names[-1], i, (TUNING if tunes else 1) * len(block.linears))
             start = time.perf_counter()
-            solved.append(self._quantized(linear, found))
-            linear.weight = torch.cat([fmt.dequantize(q) for fmt, q in solved[-1]])
+            original, parts = linear.weight, self._quantized(linear, found)
+            linear.weight = torch.cat([fmt.dequantize(q) for fmt, q in parts])
             seconds.append(time.perf_counter() - start)
-        if goals is not None and hasattr(self.modules[-1], "tune"):
+            if tunes:
+                originals.append(original)
+                solved.append(parts)
+            else:
+                self._record(done, block, linear, original, parts, found, seconds[-1])
+                # those of a wide linear take more than the block, and nobody asks for them any more
+                found.clear()
+        if goals is not None and tunes:
             start = time.perf_counter()
             solved = self._tuned(block, originals, solved, hidden, goals, report)
             seconds = [s + (time.perf_counter() - start) / len(seconds) for s in seconds]
-        for linear, original, parts, found, took in zip(block.linears, originals, solved, stats, seconds, strict=True):
-            self._record(done, block, linear, original, parts, found, took)
+            for linear, original, parts, found, took in zip(
+                block.linears, originals, solved, stats, seconds, strict=True
+            ):
+                self._record(done, block, linear, original, parts, found, took)
         for name, vector in block.vectors.items():
             done.tensors[name] = self._stored(name, vector.cpu(), block.offsets.get(name, 0.0))
         return done

@@ -1,10 +1,14 @@
-"""What the process holds in anonymous memory: its own allocations, not the files it maps."""
+"""What the process holds in anonymous memory (its own allocations, not the files it maps), and what a card has left."""
 
 from __future__ import annotations
 
 import threading
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 STATUS = Path("/proc/self/status")
 
@@ -17,6 +21,18 @@ def anonymous_bytes() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def card_free(device: torch.device) -> int:
+    """Bytes that this process could still take on a card: what is free there or held by torch for nobody, within the
+    share that torch's allocator was given.
+    """
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return min(free + held, int(share * total)) - used
 
 
 class PeakMemory:

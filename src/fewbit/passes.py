@@ -20,22 +20,26 @@ STRIPS, LEAST_STRIP = 4, 128
 
 
 def batches(hidden: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """Hidden states [n, length, d] a few windows at a time, on the device."""
+    """Hidden states [n, length, d] a few windows at a time, on the device; nobody waits for pinned ones."""
     step = max(1, BATCH_TOKENS // hidden.shape[1])
     for start in range(0, len(hidden), step):
         part = slice(start, start + step)
-        yield part, hidden[part].to(device, torch.float32)
+        yield part, hidden[part].to(device, torch.float32, non_blocking=True)
 
 
 @torch.no_grad()
 def propagate(block: FloatBlock, hidden: Tensor) -> None:
     """Run the block over the hidden states, in place. FewbitError where it gives NaN or infinity."""
+    sums: list[tuple[slice, Tensor]] = []
     for part, x in batches(hidden, block.device):
         y = block(x)
+        hidden[part].copy_(y, non_blocking=True)
+        sums.append((part, y.sum()))
+    # at the end: each look waits for the card, and this one for the last copy too
+    for part, total in sums:
         # a sum is not finite where a value is not; it may overflow where none is
-        if not bool(y.sum().isfinite()) and not bool(y.isfinite().all()):
-            raise _not_finite(block.index, y, part.start)
-        hidden[part] = y.to(hidden)
+        if not bool(total.isfinite()) and not bool(hidden[part].isfinite().all()):
+            raise _not_finite(block.index, hidden[part], part.start)
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def collect(block: FloatBlock, hidden: Tensor, reference: Tensor | None, weights
         if reference is not None:
             # of two models' routers, one decides: what is compared are inputs of the same tokens
             with block.ops.following():
-                theirs = watch.run(reference[part].to(block.device, torch.float32))
+                theirs = watch.run(reference[part].to(block.device, torch.float32, non_blocking=True))
         for i, (seen, other) in enumerate(zip(ours, theirs, strict=True)):
             if seen is None:
                 continue

@@ -11,19 +11,24 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fewbit.blocks import FloatBlock, fast_product
+from fewbit.blocks import fast_product, load_block
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
+from fewbit.memory import card_free
 from fewbit.methods import Target
 from fewbit.passes import BATCH_TOKENS, collect, propagate
 from fewbit.sensitivity import LOGITS, PROBES
 from fewbit.source import FLOATS, Source
 
 GIB = 2**30
-# copies of the largest Hessian that a second-order method holds at once: ordered, damped, factored, inverted
-HESSIAN_COPIES = 7
-# float32 copies of a block's weights: the block, its originals, what is being solved
-BLOCK_COPIES = 3
+# copies of a Hessian beside itself while its linears are solved: two ordered, damped, factored or inverted, and strips
+HESSIAN_COPIES = 2.25
+# float32 copies of stacked matrices that are being solved: in order, their scales, what is fitted, what comes of it
+SOLVED_COPIES = 6
+# of a block's weights where gradients pass through it: themselves, and in the type they are multiplied in
+BACKWARD_COPIES = 2
+# what libraries and recorded loops keep on a card
+CARD_BYTES = 512 << 20
 # when tuning: levels, gradients, two moments, weights and what autograd keeps of them
 TUNED_COPIES, TUNED_WIDE_COPIES = 14, 12
 # activations of one batch that are alive at once, in units of the widest layer's
@@ -52,33 +57,52 @@ def _duration(seconds: float) -> str:
 
 
 def needed(
-    source: Source, hidden: Tensor, with_goals: bool, offload: bool, tuned: int = 0, weighted: bool = False
+    source: Source,
+    shape: tuple[int, int, int],
+    with_goals: bool,
+    with_drift: bool = False,
+    tuned: int = 0,
+    weighted: bool = False,
 ) -> tuple[int, int]:
-    """(bytes of one block's work, bytes of the hidden states kept in memory); `tuned`: windows of a tuning step."""
-    by_block: dict[int, list[tuple[int, ...]]] = {}
-    for w in source.weights:
-        if w.role == "linear" and w.block is not None:
-            by_block.setdefault(w.block, []).append(w.shape)
-    sizes = {block: sum(out * columns for out, columns in shapes) for block, shapes in by_block.items()}
-    # with experts in some blocks, those
-    block = max(sizes, key=lambda b: sizes[b])
-    shapes, weights = by_block[block], sizes[block]
-    widest = max(max(shape) for shape in shapes)
-    # three of the narrow width (attention's and the gate's input, the heads' outputs) and one of each other
-    widths = {columns for _, columns in shapes}
-    hessians = sum(c**2 for c in widths) + 2 * min(widths) ** 2 + HESSIAN_COPIES * max(widths) ** 2
-    if source.args.has_experts(block):
-        hessians += source.args.experts * (source.args.hidden_size**2 + source.args.expert_size**2)
-    tokens = max(BATCH_TOKENS, hidden.shape[1])
-    work = BLOCK_COPIES * weights + hessians + WIDE_COPIES * tokens * widest
+    """(bytes of one block's work, bytes of hidden states [n, length, d]); `tuned`: windows of a tuning step."""
+    groups = _groups(source)
+    sizes = [sum(out * columns for out, columns in group) for group in groups]
+    weights, widths = sum(sizes), [group[0][1] for group in groups]
+    widest = max(max(shape) for group in groups for shape in group)
+    tokens = max(BATCH_TOKENS, shape[1])
+    # those that are not solved yet; a drift's correlation is another matrix of the Hessian's size
+    left = [(2 if with_drift else 1) * sum(width**2 for width in widths[i:]) for i in range(len(widths))]
+    solving = max(
+        kept + HESSIAN_COPIES * width**2 + SOLVED_COPIES * size
+        for kept, width, size in zip(left, widths, sizes, strict=True)
+    )
+    running = left[0] + max(widths) ** 2 // 4 + max(sizes) // 2 + WIDE_COPIES * tokens * widest
+    work = weights + max(solving, running)
     if tuned:
-        work = max(work, TUNED_COPIES * weights + TUNED_WIDE_COPIES * tuned * hidden.shape[1] * widest)
+        work = max(work, TUNED_COPIES * weights + TUNED_WIDE_COPIES * tuned * shape[1] * widest)
     if weighted:
         head = source.args.vocab_size * source.args.hidden_size
-        back = (BLOCK_COPIES - 1) * weights + TUNED_WIDE_COPIES * tokens * widest
+        back = BACKWARD_COPIES * weights + TUNED_WIDE_COPIES * tokens * widest
         work = max(work, back, head // 2 + LOGIT_COPIES * LOGITS)
-    state = 0 if offload else hidden.numel() * (2 if with_goals else 1)
-    return 4 * work, 4 * state
+    return int(4 * work), 4 * torch.Size(shape).numel() * (2 if with_goals else 1)
+
+
+def _groups(source: Source) -> list[list[tuple[int, int]]]:
+    """Shapes of the linears of the largest block (that has experts, where some do), those of one input together."""
+    sizes: dict[int, int] = {}
+    for w in source.weights:
+        if w.role == "linear" and w.block is not None:
+            sizes[w.block] = sizes.get(w.block, 0) + torch.Size(w.shape).numel()
+    block = max(sizes, key=lambda b: sizes[b])
+    prefix, found = source.module.BLOCK.format(block), list[list[tuple[int, int]]]()
+    first = source.module.feeds(source.args, block)
+    for w in source.weights:
+        if w.role == "linear" and w.block == block:
+            alike = bool(found) and found[-1][0][1] == w.shape[1]
+            if not alike or w.name.removeprefix(prefix).removesuffix(".weight") in first:
+                found.append([])
+            found[-1].append((w.shape[0], w.shape[1]))
+    return found
 
 
 def check(
@@ -86,6 +110,7 @@ def check(
     hidden: Tensor,
     blocks: int,
     with_goals: bool,
+    with_drift: bool,
     weighted: bool,
     modules: list[ModuleType],
     target: Target,
@@ -94,14 +119,19 @@ def check(
     offload: bool,
 ) -> Preflight:
     """Runs one batch through the first block and quantizes its largest layer. FewbitError where memory is short."""
-    work, state = needed(source, hidden, with_goals, offload, getattr(modules[-1], "WINDOWS", 0), weighted)
+    n, length, width = hidden.shape
+    work, state = needed(
+        source, (n, length, width), with_goals, with_drift, getattr(modules[-1], "WINDOWS", 0), weighted
+    )
+    state = 0 if offload else state
     on_gpu = device.type == "cuda"
     resident = state if hidden.device.type == "cuda" else 0
-    found = Preflight(state - resident + (0 if on_gpu else work), resident + work if on_gpu else 0, 0.0)
-    _enough(found, device)
+    on_card = resident + work + CARD_BYTES if on_gpu else 0
+    found = Preflight(state - resident + (0 if on_gpu else work), on_card, 0.0)
+    _enough(found, device, resident)
     few = hidden[: max(1, BATCH_TOKENS // hidden.shape[1])].clone()
     start = time.perf_counter()
-    block = FloatBlock(source, 0, hidden.shape[1], device, product=fast_product(source, device))
+    block = load_block(source, 0, hidden.shape[1], device, fast_product(source, device))
     loading = time.perf_counter() - start
     start = time.perf_counter()
     stats = collect(block, few, None)
@@ -128,7 +158,7 @@ def check(
     return Preflight(found.memory, found.device_memory, seconds)
 
 
-def _enough(found: Preflight, device: torch.device) -> None:
+def _enough(found: Preflight, device: torch.device, resident: int) -> None:
     free = _available_memory()
     if free is not None and found.memory > free:
         raise FewbitError(
@@ -137,7 +167,8 @@ def _enough(found: Preflight, device: torch.device) -> None:
             "Use --offload, fewer or shorter windows (--windows 32), --method rtn, or close other programs.",
         )
     if device.type == "cuda":
-        card = torch.cuda.mem_get_info(device)[0]
+        # hidden states that lie there already are part of what is needed
+        card = card_free(device) + resident
         if found.device_memory > card:
             raise FewbitError(
                 "A block does not fit the GPU.",

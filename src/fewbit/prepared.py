@@ -15,47 +15,32 @@ import json
 import mmap
 import os
 import shutil
-import stat
-import struct
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from fewbit import __version__, store
+from fewbit.kept import begin, sizes, tidy, used
 from fewbit.kernels import Backend, KeepingBackend, Packed
 from fewbit.qtensor import QTensor
+from fewbit.store.layout_files import FORMAT, MAGIC, START, SUFFIX, UselessError, opened_layout, read_header
 
-MAGIC = b"fewbit prepared\n"
-# counted up when the file's own structure changes
-FORMAT = 1
-START = struct.Struct("<16sQQ32s")
-MAX_HEADER = 1 << 24
 # matrices begin on a page's border, whatever size the system's pages have
 PAGE = 1 << 16
 # by which an unfinished file grows
 STEP = 1 << 26
-SUFFIX = ".layout"
 # Smaller models are packed at each load: at 70 MB/s (Q4_1) to 150 MB/s (int4g64), one thread of a busy machine, that
 # takes half a second, as reading a tokenizer does, and a file for each of many small models would serve nobody.
 SMALL_BYTES = 64 << 20
 # all files together take no more than this, nor than a quarter of what would be free without them
 MAX_BYTES = 64 << 30
-# packed weights take at most 1.4 times the room of stored ones, and small matrices are padded
-MOST_GROWTH, MOST_PADDING = 2, 64 << 20
+# packed weights take at most 2.2 times the room of stored ones (IQ1_S), most 1.1, and small matrices are padded
+MOST_GROWTH, MOST_PADDING = 3, 64 << 20
 
 Names = tuple[str, ...]
-
-
-class _UselessError(Exception):
-    """A file that is not to be used; `damaged` where it is not what fewbit wrote, rather than out of date."""
-
-    def __init__(self, reason: str, damaged: bool = True) -> None:
-        super().__init__(reason)
-        self.damaged = damaged
 
 
 @dataclass(frozen=True)
@@ -88,10 +73,10 @@ class PreparedLayouts:
         self._open = bool(self._backends) and sys.platform == "linux" and weight_bytes >= SMALL_BYTES
         if not self._open:
             return
-        used = [b.layout if isinstance(b, KeepingBackend) else b.name for b in backends]
+        layouts = [b.layout if isinstance(b, KeepingBackend) else b.name for b in backends]
         self.file = store.prepared_dir() / _file_name(model)
         try:
-            self._purpose = {"version": __version__, "backends": used, **_source(model)}
+            self._purpose = {"version": __version__, "backends": layouts, **_source(model)}
         except OSError as error:
             self.note = f"The prepared layout of this model is not kept: {error}."
             self._open = False
@@ -103,7 +88,7 @@ class PreparedLayouts:
             pass
         except OSError as error:
             self.note = f"The prepared layout of this model can't be read: {self.file}: {error.strerror or error}."
-        except _UselessError as useless:
+        except UselessError as useless:
             if useless.damaged:
                 self.note = f"The prepared layout of this model was damaged and is made anew: {self.file}: {useless}."
 
@@ -191,17 +176,17 @@ class PreparedLayouts:
         return {"format": FORMAT, "purpose": self._purpose, "matrices": matrices}
 
     def _read(self) -> dict[Names, tuple[Backend, Packed]]:
-        """Everything in the file; OSError or _UselessError."""
-        with _opened(self.file) as opened:
-            header, end = _read_header(opened)
+        """Everything in the file; OSError or UselessError."""
+        with opened_layout(self.file) as opened:
+            header, end = read_header(opened)
             if header.get("purpose") != self._purpose:
-                raise _UselessError("made for something else", damaged=False)
+                raise UselessError("made for something else", damaged=False)
             try:
                 memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
             except ValueError as error:
-                raise _UselessError("it became empty") from error
+                raise UselessError("it became empty") from error
         if len(memory) < end:
-            raise _UselessError("it became shorter")
+            raise UselessError("it became shorter")
         _wish_for_huge_pages(memory)
         found: dict[Names, tuple[Backend, Packed]] = {}
         before = START.size
@@ -212,7 +197,7 @@ class PreparedLayouts:
                 offset, count = item["offset"], item["bytes"]
                 numbers = type(offset) is int and type(count) is int
                 if not numbers or count < 1 or not before <= offset <= end - count:
-                    raise _UselessError(f"{count} bytes at {offset} of {end}")
+                    raise UselessError(f"{count} bytes at {offset} of {end}")
                 before = offset + count
                 names = tuple(item["names"])
                 backend = self._backends[item["backend"]]
@@ -220,22 +205,20 @@ class PreparedLayouts:
                 self._check(names, packed)
                 damaged = backend.checksum(memory, offset, count) != item["sum"]
             except (KeyError, TypeError, ValueError, OverflowError) as error:
-                raise _UselessError(f"{type(error).__name__}: {error}") from error
+                raise UselessError(f"{type(error).__name__}: {error}") from error
             if damaged:
-                raise _UselessError(f"the weights of {', '.join(names)} are not those that were written")
+                raise UselessError(f"the weights of {', '.join(names)} are not those that were written")
             if names in found:
-                raise _UselessError(f"{', '.join(names)} twice")
+                raise UselessError(f"{', '.join(names)} twice")
             found[names] = backend, packed
-        # the file used longest ago goes first
-        with suppress(OSError):
-            os.utime(self.file)
+        used(self.file)
         return found
 
     def _check(self, names: Names, packed: Packed) -> None:
         """The model's own files say what shapes there are."""
         shapes = [(rows, packed.shape[1]) for rows in packed.splits]
         if shapes != [self._shapes[f"{name}.weight"] for name in names]:
-            raise _UselessError(f"{', '.join(names)} have other shapes than in the model")
+            raise UselessError(f"{', '.join(names)} have other shapes than in the model")
 
 
 class _Draft:
@@ -245,12 +228,9 @@ class _Draft:
     """
 
     def __init__(self, folder: Path, most: int) -> None:
-        descriptor, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=folder)
-        self.path, self._file, self._end = Path(name), os.fdopen(descriptor, "r+b"), PAGE
-        self._size = self._end
+        self._file, self.path = begin(folder)
+        self._size = self._end = PAGE
         try:
-            # whoever can lock it knows that its writer is gone
-            _lock(self._file)
             self._file.truncate(most)
             self.memory = mmap.mmap(self._file.fileno(), most)
             self._file.truncate(self._end)
@@ -305,90 +285,30 @@ def _file_name(model: Path) -> str:
 
 def _source(model: Path) -> dict[str, Any]:
     """The source's place and state, as JSON gives them back."""
-    return {"path": str(model.resolve()), "files": store.stamp(store.content_files(model))}
-
-
-def _opened(file: Path) -> BinaryIO:
-    """A regular file; a pipe of its name does not block."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise _UselessError("it is not a file")
-    return os.fdopen(descriptor, "rb")
-
-
-def _read_header(opened: BinaryIO) -> tuple[dict[str, Any], int]:
-    """The header, and where it begins."""
-    size = os.fstat(opened.fileno()).st_size
-    start = opened.read(START.size)
-    if len(start) < START.size:
-        raise _UselessError(f"it ends after {size} bytes")
-    magic, end, length, digest = START.unpack(start)
-    if magic != MAGIC or length > MAX_HEADER or end + length != size:
-        raise _UselessError(f"{size} bytes, a header of {length} at {end}")
-    opened.seek(end)
-    text = opened.read(length)
-    if hashlib.sha256(text).digest() != digest:
-        raise _UselessError("its header is not the one that was written")
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _UselessError(f"its header is no JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise _UselessError("its header is no JSON object")
-    if header.get("format") != FORMAT:
-        raise _UselessError("another version's", damaged=False)
-    return header, end
+    # a GGUF file of the hub's cache is a link to a file of another name
+    place = model.resolve()
+    return {"path": str(place), "files": store.stamp(store.content_files(place))}
 
 
 def _tidy(folder: Path, kept: Path) -> None:
     """Remove what killed processes left, what belongs to no source, and what was used longest ago beyond the limit."""
-    for left in folder.glob(".*.part"):
-        with suppress(OSError), left.open("rb") as opened:
-            _lock(opened)
-            left.unlink()
-    for file in folder.glob(f"*{SUFFIX}"):
-        if file != kept and not _has_source(file):
-            with suppress(OSError):
-                file.unlink()
-    limit, files = _limit(folder), sorted(_sizes(folder))
-    total = sum(nbytes for _, nbytes, _ in files)
-    for _, nbytes, file in files:
-        if total > limit and file != kept:
-            with suppress(OSError):
-                file.unlink()
-                total -= nbytes
+    tidy(folder, SUFFIX, kept, _limit(folder), _has_source)
 
 
 def _has_source(file: Path) -> bool:
     """Whether the model a file was made for is still what it was."""
     try:
-        with _opened(file) as opened:
-            purpose = _read_header(opened)[0]["purpose"]
+        with opened_layout(file) as opened:
+            purpose = read_header(opened)[0]["purpose"]
         return bool(purpose["files"] == _source(Path(purpose["path"]))["files"])
-    except (OSError, _UselessError, KeyError, TypeError, ValueError):
+    except (OSError, UselessError, KeyError, TypeError, ValueError):
         return False
-
-
-def _sizes(folder: Path) -> Iterator[tuple[int, int, Path]]:
-    """(when it was used, bytes, file) of all files."""
-    for file in folder.glob(f"*{SUFFIX}"):
-        with suppress(OSError):
-            facts = file.lstat()
-            yield facts.st_mtime_ns, facts.st_size, file
 
 
 def _limit(folder: Path) -> int:
     """Bytes that all files together may take."""
-    held = sum(nbytes for _, nbytes, _ in _sizes(folder))
+    held = sum(nbytes for _, nbytes, _ in sizes(folder, SUFFIX))
     return min(MAX_BYTES, (shutil.disk_usage(folder).free + held) // 4)
-
-
-def _lock(file: Any) -> None:
-    """OSError where another process has it locked."""
-    import fcntl
-
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _wish_for_huge_pages(memory: mmap.mmap) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fewbit import store
-from fewbit.checkpoint import Checkpoint, open_checkpoint
+from fewbit.checkpoint import Checkpoint, Extent, open_checkpoint
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
 from fewbit.models import WeightInfo, find_gguf_model, find_model
@@ -141,18 +141,39 @@ class Source:
     def read(self, name: str, rows: tuple[int, int] | None = None) -> QTensor:
         """One tensor in canonical row order, or its rows [start, stop)."""
         place = self._stored[name]
-        order = self.module.gguf_rows(name, self.args) if self._gguf else None
+        order = self._order(name)
         if place.expert is not None:
             q = _one_of(self.checkpoint.read(place.name, (place.expert, place.expert + 1)))
             return q if rows is None else parse(q.spec).take(q, torch.arange(*rows))
         if order is None:
             q = self.checkpoint.read(place.name, rows)
-            if self._gguf and self.args.norm_offset and self._planned[name].role == "norm":
-                # ggml's norms have it in them
+            if self._has_offset(name):
                 return QTensor("f32", q.shape, {"weight": parse(q.spec).dequantize(q) - self.args.norm_offset})
             return q
         q = self.checkpoint.read(place.name)
         return parse(q.spec).take(q, order if rows is None else order[slice(*rows)])
+
+    def _order(self, name: str) -> torch.Tensor | None:
+        """The rows of a stored matrix in canonical order, where that is another."""
+        return self.module.gguf_rows(name, self.args) if self._gguf else None
+
+    def _has_offset(self, name: str) -> bool:
+        """Whether a norm is stored with what is added to it, as ggml's are."""
+        return bool(self._gguf and self.args.norm_offset and self._planned[name].role == "norm")
+
+    def scattered(self, name: str) -> bool:
+        """Whether a matrix has groups of columns that are no neighbours."""
+        return self.checkpoint.scattered(self._stored[name].name)
+
+    def extents(self, name: str) -> dict[str, Extent]:
+        """Where what a tensor is made of lies in files; empty where only `read` gives it."""
+        place = self._stored[name]
+        return {} if place.expert is not None or self._has_offset(name) else self.checkpoint.extents(place.name)
+
+    def assemble(self, name: str, stored: dict[str, torch.Tensor]) -> QTensor:
+        """What `read` gives, of what lies at `extents`, on the device where that was brought."""
+        q, order = self.checkpoint.assemble(self._stored[name].name, stored), self._order(name)
+        return q if order is None else parse(q.spec).take(q, order.to(next(iter(stored.values())).device))
 
 
 def _one_of(q: QTensor) -> QTensor:
@@ -160,8 +181,11 @@ def _one_of(q: QTensor) -> QTensor:
     return QTensor(q.spec, q.shape[1:], {name: part[0] for name, part in q.parts.items()})
 
 
-def open_source(model: str | Path, progress: Callable[[str], None] | None = None) -> Source:
-    """Open an alias, a folder or a GGUF file; FewbitError where there is none, or it is broken or unknown."""
+def open_source(model: str | Path, progress: store.Progress | None = None) -> Source:
+    """Open an alias, a model of the hub, a folder or a GGUF file; what is not here is fetched, as `progress` is told.
+
+    FewbitError where there is none, or it is broken or unknown.
+    """
     path = store.locate(str(model), progress)
     return Source(open_checkpoint(path), str(model))
 
@@ -199,7 +223,7 @@ class Description:
         return asdict(self)
 
 
-def describe(model: str | Path, progress: Callable[[str], None] | None = None) -> Description:
+def describe(model: str | Path, progress: store.Progress | None = None) -> Description:
     """Tensors, formats and sizes of a model; only headers are read."""
     return describe_source(open_source(model, progress))
 

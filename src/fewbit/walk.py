@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Protocol
@@ -15,25 +16,25 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fewbit.blocks import FloatBlock, embed, fast_product
+from fewbit.blocks import FloatBlock, embed, fast_product, load_block
 from fewbit.calibrated import BlockSolver, Goals, Line, Solved
 from fewbit.checkpoint import open_checkpoint
 from fewbit.checkpoint._writer import Planned, Writer
 from fewbit.errors import FewbitError
+from fewbit.fetching import Fetcher, Stored
 from fewbit.formats import parse
+from fewbit.memory import card_free
 from fewbit.methods import Target, rtn
 from fewbit.passes import collect, propagate
-from fewbit.preflight import Preflight, check
+from fewbit.preflight import CARD_BYTES, Preflight, check, needed
 from fewbit.qtensor import QTensor
-from fewbit.scratch import mapped
+from fewbit.scratch import mapped, pin
 from fewbit.sensitivity import PROBES, Probe, Sensitivity
 from fewbit.source import FLOATS, Source
 
 Progress = Callable[[int, int, str], None]
 # rows of one slice hold about this many weights; a multiple of 32 rows keeps packed zero points whole
 SLICE_WEIGHTS = 1 << 24
-# activations stay on a GPU that could hold this many times as much
-ROOMY = 12
 # what the loss makes of errors, in the unfinished output
 SENSITIVITY = "sensitivity.safetensors"
 
@@ -131,6 +132,8 @@ class Walk:
             self.units.setdefault(unit, []).append(self.plan[w.name])
         self.total = sum(_weights(planned) for planned in self.units.values())
         self.finished = 0
+        # what is let go of at the end
+        self._held = ExitStack()
         # linears that no calibration token came to
         self.unseen: list[str] = []
 
@@ -140,7 +143,8 @@ class Walk:
         An error that comes after a commit carries a note of how much is kept.
         """
         try:
-            self._run(windows)
+            with self._held:
+                self._run(windows)
         except BaseException as e:
             if kept := len(self.writer.done):
                 e.add_note(f"{kept} of {len(self.units)} units are kept")
@@ -180,16 +184,17 @@ class Walk:
 
     def _calibrated(self, windows: Tensor, blocks: list[str], done: set[str]) -> None:
         written = open_checkpoint(self.writer.folder)
-        hidden = self._hidden(windows, written.read, "hidden.bin")
         wants_goals = bool(self.needs & {"goals"} or self.settings.share) or self.settings.prefix == "original"
-        reference = self._hidden(windows, self.source.read, "reference.bin") if wants_goals else None
+        place = self._place(windows, wants_goals)
+        hidden = self._hidden(windows, written.read, "hidden.bin", place)
+        reference = self._hidden(windows, self.source.read, "reference.bin", place) if wants_goals else None
         solver = BlockSolver(self.source, self.modules, self.target, lambda name: self.plan[name].spec)
         length = windows.shape[1]
         sensitivity = None
         if any(unit not in done for unit in blocks):
             # now, not after an hour; this also reads the whole source once
             for planned in self.units.values():
-                check_finite(self.source, planned)
+                check_finite(self.source, planned, self.device)
             self._preflight(hidden, sum(unit not in done for unit in blocks), reference is not None)
             sensitivity = self._sensitivity(windows) if self.settings.weighted else None
         for index, unit in enumerate(blocks):
@@ -202,7 +207,7 @@ class Walk:
                 self._block(solver, unit, index, hidden, reference, sensitivity)
             self.finished += _weights(self.units[unit])
             if index + 1 < len(blocks):
-                propagate(self._float_block(index, length, written.read), hidden)
+                propagate(self._float_block(index, length, written), hidden)
         (self.writer.folder / SENSITIVITY).unlink(missing_ok=True)
 
     def _sensitivity(self, windows: Tensor) -> Sensitivity:
@@ -268,21 +273,23 @@ class Walk:
             f"to nearest: {', '.join(map(str, experts))}"
         )
 
-    def _float_block(self, index: int, length: int, read: Callable[[str], QTensor] | None = None) -> FloatBlock:
-        return FloatBlock(self.source, index, length, self.device, read, self.product)
+    def _float_block(self, index: int, length: int, stored: Stored | None = None) -> FloatBlock:
+        return load_block(self.source, index, length, self.device, self.product, stored)
 
     def _write(self, unit: str, solved: Solved) -> None:
         for planned in self.units[unit]:
             self.writer.write(planned, [solved.tensors[planned.name]])
         self.writer.commit(unit, self.units[unit])
 
-    def _hidden(self, windows: Tensor, read: Callable[[str], QTensor], name: str) -> Tensor:
+    def _hidden(self, windows: Tensor, read: Callable[[str], QTensor], name: str, place: torch.device) -> Tensor:
         """Embedded tokens float32 [n, length, d], in memory or in a file that lives as long as the output is made."""
         shape = (*windows.shape, self.source.args.hidden_size)
         if self.settings.offload:
             hidden = mapped(self.writer.folder / name, shape, torch.float32)
         else:
-            hidden = torch.empty(shape, device=self._place(shape))
+            hidden = torch.empty(shape, device=place)
+            if self.device.type != place.type:
+                self._held.callback(pin(hidden, self.device))
         start = 0
         for part in embed(self.source, windows, read=read):
             hidden[start : start + len(part)] = part
@@ -295,26 +302,38 @@ class Walk:
             )
         return hidden
 
-    def _place(self, shape: tuple[int, ...]) -> torch.device:
-        """The GPU where it has plenty of room for activations: a step of tuning then moves nothing."""
+    def _place(self, windows: Tensor, wants_goals: bool) -> torch.device:
+        """Where hidden states lie: on the card where a block's work has room beside them, else in host memory, from
+        where they go through the card a few windows at a time.
+        """
         if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            if 4 * torch.Size(shape).numel() * ROOMY <= free:
+            shape = (windows.shape[0], windows.shape[1], self.source.args.hidden_size)
+            tuned = getattr(self.modules[-1], "WINDOWS", 0)
+            drift, weighted = bool(self.settings.share), self.settings.weighted
+            work, state = needed(self.source, shape, wants_goals, drift, tuned, weighted)
+            if work + CARD_BYTES + state <= card_free(self.device):
                 return self.device
         return torch.device("cpu")
 
     def _preflight(self, hidden: Tensor, blocks: int, with_goals: bool) -> None:
         """Tries the largest layer once and tells what the rest takes; FewbitError where it does not fit."""
         found: Preflight = check(
-            self.source, hidden, blocks, with_goals, self.settings.weighted, self.modules, self.target, self.device,
-            lambda name: self.plan[name].spec, self.settings.offload,
+            self.source, hidden, blocks, with_goals, bool(self.settings.share), self.settings.weighted, self.modules,
+            self.target, self.device, lambda name: self.plan[name].spec, self.settings.offload,
         )  # fmt: skip
         self.note(f"{found}; {self.writer.nbytes / 1e9:.2f} GB on disk")
         self._progress(0, 1, f"{found}")
 
 
-def check_finite(source: Source, planned: list[Planned]) -> None:
+def check_finite(source: Source, planned: list[Planned], device: torch.device) -> None:
     """FewbitError where a tensor of a unit holds NaN or infinity."""
+    if device.type == "cuda":
+        with Fetcher(source, [p.name for p in planned], device) as fetcher:
+            for p in planned:
+                w = parse(source.spec(p.name)).dequantize(fetcher.read(p.name))
+                if not torch.isfinite(w.sum()):
+                    _name_the_broken(p, w, None)
+        return
     for p in planned:
         for rows in _slices(p):
             w = parse(source.spec(p.name)).dequantize(source.read(p.name, rows))

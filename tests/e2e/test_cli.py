@@ -46,11 +46,11 @@ def pipe_in(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 def test_help_lists_the_commands(cli: Cli, argv: list[str]) -> None:
     code, out, err = cli(*argv)
     assert (code, err) == (0, "")
-    for verb in ("run", "quantize", "eval", "compare", "show", "bench", "ls"):
+    for verb in ("run", "quantize", "eval", "compare", "show", "bench", "ls", "pull", "rm"):
         assert f"\n  {verb} " in out
 
 
-@pytest.mark.parametrize("verb", ["run", "quantize", "eval", "compare", "show", "bench", "ls"])
+@pytest.mark.parametrize("verb", ["run", "quantize", "eval", "compare", "show", "bench", "ls", "pull", "rm"])
 def test_every_command_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main([verb, "--help"])

@@ -67,7 +67,7 @@ def out(tmp_path: Path) -> Path:
     ("argv", "what", "hint"),
     [
         (["quantise", "x"], "no command 'quantise'", "quantize"),
-        (["plan", "x"], "no command 'plan'", "bench, compare, eval, ls, quantize, run, show"),
+        (["zzz", "x"], "no command 'zzz'", "bench, compare, eval, "),
         (["serve"], "no command 'serve'", "Known"),
         (["_terminal"], "no command '_terminal'", "Known"),
         (["--verison"], "no option '--verison'", "Known"),

@@ -25,6 +25,7 @@ from fewbit.checkpoint._safetensors import ShardWriter
 from fewbit.cli import main
 from fewbit.errors import FewbitError
 from fewbit.methods import gptq, tuned
+from fewbit.random_models import random_model
 from tests.conftest import CONFIG, random_weights, write_folder
 
 SMALL: dict[str, Any] = {"method": "gptq", "format": "int4g32", "windows": 8, "length": 32, "device": "cpu"}
@@ -228,15 +229,24 @@ def test_a_larger_block_needs_more(tmp_path: Path) -> None:
     sizes = []
     for i, width in enumerate((64, 128)):
         folder = write_folder(tmp_path / str(i), hidden_size=width, intermediate_size=2 * width)
-        source, hidden = open_source(folder), torch.empty(8, 32, width)
-        work, state = preflight.needed(source, hidden, False, False)
-        assert state == hidden.numel() * 4
-        assert preflight.needed(source, hidden, True, False) == (work, 2 * state)
-        assert preflight.needed(source, hidden, True, True) == (work, 0)
+        source = open_source(folder)
+        work, state = preflight.needed(source, (8, 32, width), with_goals=False)
+        assert state == 8 * 32 * width * 4
+        assert preflight.needed(source, (8, 32, width), with_goals=True) == (work, 2 * state)
+        assert preflight.needed(source, (8, 32, width), with_goals=False, with_drift=True)[0] > work
         weights = sum(torch.Size(w.shape).numel() for w in source.weights if w.role == "linear" and w.block == 0)
         assert work > 4 * weights
         sizes.append(work)
     assert sizes[1] > 1.5 * sizes[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"with_drift": True, "weighted": True}])
+def test_a_block_of_70_billion_weights_fits_a_card_of_24_gb(options: dict[str, bool]) -> None:
+    """What is counted on was measured as more than is used, by benchmarks/gpu_quantize.py --cap 22."""
+    source = random_model("llama-2-70b", "bf16")
+    work, state = preflight.needed(source, (128, 2048, 8192), with_goals=False, **options)
+    assert work + preflight.CARD_BYTES < 22 * 2**30
+    assert state == 4 * 128 * 2048 * 8192
 
 
 def full_after(writes: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,6 +200,24 @@ def test_a_faster_product_is_near_the_definition(tmp_path: Path) -> None:
     assert fast_product(open_source(written(tmp_path / "wide")), CPU) == torch.float32
 
 
+def test_attention_runs_in_the_products_type_but_for_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card's fast kernels take 16 bits only; their gradients differ from run to run."""
+    source, seen = open_source(write_folder(tmp_path / "m")), list[torch.dtype]()
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(q: Tensor, *args: Any, **options: Any) -> Tensor:
+        seen.append(q.dtype)
+        return real(q, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    x = torch.randn(1, LENGTH, CONFIG["hidden_size"], generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        block(source, 0)(x)
+        block(source, 0, product=torch.bfloat16)(x)
+    block(source, 0, product=torch.bfloat16)(x.requires_grad_()).sum().backward()
+    assert seen == [torch.float32, torch.bfloat16, torch.float32]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_said(tmp_path: Path, value: float) -> None:
     part = block(open_source(written(tmp_path)), 1)

@@ -22,7 +22,9 @@ from torch import Tensor
 
 import fewbit
 from fewbit.errors import FewbitError
+from fewbit.fetching import Fetcher
 from fewbit.runtime.cache import Sequence
+from fewbit.source import open_source
 from tests.conftest import CONFIG, random_weights, write_folder
 
 IDS = torch.randint(256, (40,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -210,6 +212,11 @@ def made(tmp_path: Path, case: str) -> tuple[Path, Path, dict[str, Any]]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_file_and_a_folder_give_the_same_logits(tmp_path: Path, case: str) -> None:
     file, folder, _ = made(tmp_path, case)
+    source = open_source(file)
+    names = [w.name for w in source.weights]
+    with Fetcher(source, names, torch.device("cpu")) as fetcher:
+        for q, fetched in ((source.read(name), fetcher.read(name)) for name in names):
+            assert all(torch.equal(q.parts[part], fetched.parts[part]) for part in q.parts)
     from_file = logits(file)
     torch.testing.assert_close(from_file, logits(folder), rtol=1e-6, atol=1e-6)
     assert mean_kl(from_file, logits(file, exact=False)) < 0.02

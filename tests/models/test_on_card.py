@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fewbit
-from fewbit import FewbitError
+from fewbit import FewbitError, walk
 from fewbit.kernels import _nvrtc
 from fewbit.runtime.cache import Sequence
 from fewbit.runtime.engine import LanguageModel
 from fewbit.runtime.sampler import Sampling
+from tests.conftest import CONFIG, random_weights, write_folder
 
 
 @pytest.fixture
@@ -78,15 +83,51 @@ def test_answers_are_repeatable(card: str, tiny_folder: Path) -> None:
         assert one == two
 
 
+def test_quantizing_on_a_card_asks_not_where_activations_lie(
+    card: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the card, or in pinned host memory where it has no room: the same bytes."""
+    options = {"format": "int3g32", "method": "gptq", "windows": 12, "length": 64, "drift": 0.25, "device": card}
+    fewbit.quantize(tiny_folder, tmp_path / "card", **options)
+    places: list[torch.device] = []
+    place = walk.Walk._place
+
+    def noted(*args: Any) -> torch.device:
+        places.append(place(*args))
+        return places[-1]
+
+    monkeypatch.setattr(walk.Walk, "_place", noted)
+    monkeypatch.setattr(walk, "card_free", lambda _: 0)
+    fewbit.quantize(tiny_folder, tmp_path / "host", **options)
+    assert [p.type for p in places] == ["cpu"]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("card", "host"))
+    assert set(one) == set(other)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_broken_weight_is_named_on_a_card(card: str, tmp_path: Path) -> None:
+    weights = random_weights(CONFIG)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    folder = write_folder(tmp_path / "broken", weights)
+    with pytest.raises(FewbitError, match=r"layers\.1\.mlp\.up_proj") as caught:
+        fewbit.quantize(folder, tmp_path / "out", format="int4g32", method="gptq", windows=4, length=32, device=card)
+    assert "[3, 4]" in caught.value.facts
+
+
 def test_memory_that_ran_out_is_told_and_the_process_lives_on(card: str, tiny_folder: Path) -> None:
     before = "".join(fewbit.load(tiny_folder, device=card).generate("a", max_tokens=3))
+    gc.collect()
     torch.cuda.empty_cache()
+    held, threads = torch.cuda.memory_allocated(), threading.active_count()
     torch.cuda.set_per_process_memory_fraction(1e-4)
     try:
         with pytest.raises(FewbitError, match="card has no memory left") as caught:
             fewbit.load(tiny_folder, device=card, context=1024)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+    gc.collect()
+    assert torch.cuda.memory_allocated() == held
+    assert threading.active_count() == threads
     assert "weights" in caught.value.facts
     assert "workspace" in caught.value.facts
     assert "free now" in caught.value.facts

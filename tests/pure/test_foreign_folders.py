@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fewbit
 from fewbit.cli import main
+from fewbit.fetching import Fetcher
 from fewbit.formats import parse
 from fewbit.kernels import available
 from fewbit.source import open_source
@@ -156,8 +157,15 @@ def same_weights(folder: Folder, spec: str) -> None:
     source = open_source(folder.path)
     for w in source.weights:
         if "_proj" in w.name:
-            assert source.spec(w.name) == spec
-            assert source.read(w.name).spec == spec
+            q = source.read(w.name)
+            assert source.spec(w.name) == q.spec == spec
+            assert source.scattered(w.name) == ("g_idx" in q.parts)
+            # brought by threads, what is stored makes the same tensor
+            with Fetcher(source, [w.name], torch.device("cpu")) as fetcher:
+                fetched = fetcher.read(w.name)
+            assert (fetched.spec, fetched.shape) == (q.spec, q.shape)
+            assert set(fetched.parts) == set(q.parts)
+            assert all(torch.equal(fetched.parts[part], q.parts[part]) for part in q.parts)
             assert torch.equal(folder.read(w.name), folder.weights[w.name]), w.name
 
 

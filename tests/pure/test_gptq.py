@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewbit.formats import Params, parse
-from fewbit.methods import Target, gptq
+from fewbit.methods import Target, _second_order, gptq
 from fewbit.methods._second_order import damped, drift_corrected, inverse_factor, output_error
 from fewbit.methods.gptq import importance
 from tests.pure._textbook import (
@@ -119,7 +119,7 @@ def test_dead_columns_are_rounded_to_nearest_and_correct_nobody() -> None:
     other[:, dead] *= 0.5
     planned = fmt.fit(w, importance(h))
     order = h.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(h[order][:, order], unheard)
+    factor = inverse_factor(h, unheard, order)
     codes = [gptq.rounded(x, fmt, planned, order, factor) for x in (w, other)]
     assert torch.equal(codes[0][:, alive], codes[1][:, alive])
     assert not torch.equal(codes[0], codes[1])
@@ -227,11 +227,17 @@ def test_the_weights_and_the_statistics_are_left_alone() -> None:
 # second-order pieces
 
 
-def test_the_factor_is_the_inverse_hessians() -> None:
+@pytest.mark.parametrize("strip", [1024, 64, 24, 1])
+def test_the_factor_is_the_inverse_hessians(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_second_order, "STRIP", strip)
     _, h = case(1, 64, 13)
-    u = array(inverse_factor(h, unheard))
-    assert np.abs(np.tril(u, -1)).max() == 0
-    assert np.abs(u.T @ u @ dampened(array(h)) - np.eye(64)).max() < 1e-4
+    before = h.clone()
+    for order in (None, torch.randperm(64, generator=torch.Generator().manual_seed(1))):
+        u = array(inverse_factor(h, unheard, order))
+        assert np.abs(np.tril(u, -1)).max() == 0
+        wanted = dampened(array(h if order is None else h[order][:, order]))
+        assert np.abs(u.T @ u @ wanted - np.eye(64)).max() < 1e-4
+    assert torch.equal(h, before)
 
 
 def test_damping_is_a_hundredth_of_the_mean_and_all_of_it_for_dead_inputs() -> None:
@@ -271,7 +277,9 @@ def drifted(seed: int) -> tuple[Tensor, Tensor]:
     return ours, ours @ turn + 0.2 * torch.randn(400, 64, generator=random)
 
 
-def test_drift_is_corrected_by_least_squares() -> None:
+@pytest.mark.parametrize("strip", [1024, 24])
+def test_drift_is_corrected_by_least_squares(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_second_order, "STRIP", strip)
     ours, true = drifted(15)
     w, _ = case(16, 64, 15)
     found = drift_corrected(w, ours.t() @ ours / 400, true.t() @ ours / 400)

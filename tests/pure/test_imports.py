@@ -20,6 +20,7 @@ LOW = {"errors", "lookup", "qtensor"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "memory": set(),
+    "kept": set(),
     "lookup": {"errors"},
     "qtensor": {"errors"},
     "config_values": {"errors"},
@@ -27,8 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "store": {"errors", "lookup", "gguf_parts"},
     "formats": LOW,
     "methods": LOW | {"formats"},
-    "kernels": LOW | {"formats", "store"},
-    "prepared": {"qtensor", "store", "kernels"},
+    "kernels": LOW | {"formats", "store", "kept"},
+    "prepared": {"qtensor", "store", "kept", "kernels"},
     "layers": LOW | {"config_values", "formats", "kernels", "prepared"},
     "rotary": {"errors", "config_values"},
     "models": LOW | {"config_values", "formats", "kernels", "layers", "rotary"},
@@ -41,24 +42,41 @@ MAY_IMPORT: dict[str, set[str]] = {
     "source": LOW | {"formats", "models", "checkpoint", "store"},
     "shapes": set(),
     "random_models": LOW | {"formats", "models", "checkpoint", "source", "shapes"},
+    "scratch": set(),
+    "fetching": {"errors", "qtensor", "checkpoint", "scratch"},
     "origin": {"config_values", "checkpoint", "source"},
     "reference_cache": {"store", "scoring", "source"},
     "runtime": LOW | {"formats", "kernels", "layers", "models", "checkpoint", "tokenizer", "store", "source", "memory"},
-    "blocks": LOW | {"formats", "kernels", "layers", "source"},
+    "blocks": LOW | {"formats", "kernels", "layers", "source", "fetching"},
     "passes": LOW | {"methods", "blocks"},
     "feeds": LOW | {"methods", "source", "blocks"},
     "calibrated": LOW | {"formats", "methods", "source", "blocks", "feeds"},
-    "scratch": set(),
     "sensitivity": LOW | {"formats", "layers", "source", "blocks", "passes", "scratch"},
-    "preflight": LOW | {"formats", "methods", "source", "blocks", "passes", "sensitivity"},
+    "preflight": LOW | {"formats", "methods", "source", "blocks", "passes", "sensitivity", "memory"},
     "walk": LOW | {"formats", "methods", "checkpoint", "source", "blocks", "calibrated", "scratch", "sensitivity"},
 }
-MAY_IMPORT["walk"] |= {"preflight", "passes"}
+MAY_IMPORT["walk"] |= {"preflight", "passes", "memory", "fetching"}
 MAY_IMPORT["companions"] = {"checkpoint", "source", "tokenizer"}
-MAY_IMPORT["runtime"] |= {"prepared", "random_models"}
+MAY_IMPORT["runtime"] |= {"prepared", "random_models", "fetching"}
 MAY_IMPORT["self_calibration"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
+MAY_IMPORT["recipes"] = {"errors", "lookup", "models"}
 MAY_IMPORT["quantizer"] = MAY_IMPORT["walk"] | {"walk", "models", "tokenizer", "store", "calibration"}
 MAY_IMPORT["quantizer"] |= {"self_calibration", "companions"}
+MAY_IMPORT["on_demand"] = {"errors", "checkpoint", "source", "store", "quantizer"}
+MAY_IMPORT["quantizer"] |= {"recipes"}
+MAY_IMPORT["allocation"] = {"errors"}
+MAY_IMPORT["rates"] = MAY_IMPORT["sensitivity"] | MAY_IMPORT["walk"] | {"sensitivity", "walk", "allocation"}
+MAY_IMPORT["curve"] = {"allocation", "rates"}
+MAY_IMPORT["judge"] = {"blocks", "passes", "sensitivity", "source"}
+MAY_IMPORT["fitting"] = MAY_IMPORT["rates"] | {
+    "rates",
+    "curve",
+    "judge",
+    "quantizer",
+    "calibration",
+    "tokenizer",
+    "store",
+}
 MAY_IMPORT["engines"] = {"errors"}
 MAY_IMPORT["exports"] = MAY_IMPORT["walk"] | {"walk", "companions", "models", "tokenizer", "store", "quantizer"}
 MAY_IMPORT["exports"] |= {"rotary"}
@@ -71,7 +89,9 @@ MAY_IMPORT["report"] = {"errors", "qtensor", "formats", "models", "source", "eva
 TOP = {"__init__", "cli"}
 # the compiled kernels are read through the kernels package
 NATIVE = "_cpu"
-OTHERS = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "regex", "rich", "altair", "vl_convert", "cuda"}
+OTHERS = {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "regex", "altair", "vl_convert", "cuda"}
+# what one part alone may use
+ALONE = {"rich": "cli", "huggingface_hub": "store", "triton": "kernels"}
 
 
 def part(path: Path) -> str:
@@ -129,11 +149,15 @@ def test_only_declared_packages_are_imported() -> None:
     for file in FILES:
         for line, name in imported(file):
             package = name.split(".")[0]
-            known = package in OTHERS or package in sys.stdlib_module_names or package in ("fewbit", "__future__")
+            known = (
+                package in OTHERS | set(ALONE)
+                or package in sys.stdlib_module_names
+                or package in ("fewbit", "__future__")
+            )
             # programs of their own, run by an interpreter that has the engine
             known |= file.parent.name == "engines" and file.stem == f"_run_{package}"
             assert known, f"{file}:{line} imports {name}"
-            assert package != "rich" or part(file) == "cli", f"{file}:{line}: only the command line draws"
+            assert part(file) == ALONE.get(package, part(file)), f"{file}:{line} imports {name}"
 
 
 def test_no_module_shares_a_name_with_a_function_of_its_package() -> None:
@@ -155,6 +179,8 @@ def test_no_module_shares_a_name_with_a_function_of_its_package() -> None:
         "from fewbit.cli import main; main(['--help'])",
         "from fewbit.cli import main; main(['--version'])",
         "from fewbit.cli import main; main(['ls'])",
+        "from fewbit.cli import main; main(['pull'])",
+        "from fewbit.cli import main; main(['rm'])",
         "from fewbit.cli import main; main(['no-such-command'])",
         "from fewbit.cli import main; main(['run', '--no-such-option'])",
     ],
@@ -166,7 +192,7 @@ def test_nothing_heavy_is_loaded_early(code: str, tmp_path: Path) -> None:
     loaded = set(json.loads(done.stdout.splitlines()[-1]))
     heavy = {"torch", "numpy", "transformers", "tokenizers", "safetensors", "jinja2"}
     if "'ls'" not in code:
-        # a table is drawn by rich
-        heavy.add("rich")
+        # a table is drawn by rich; the hub's library says where its cache is
+        heavy |= {"rich", "huggingface_hub"}
     assert not loaded & heavy
     assert "fewbit" in loaded

@@ -12,6 +12,7 @@ import fewbit
 from fewbit import FewbitError
 from fewbit.cli import main
 from fewbit.formats import parse
+from fewbit.kernels import _nvrtc, triton
 from fewbit.random_models import random_model
 from fewbit.runtime import placement
 from fewbit.runtime.graphs import bucket
@@ -32,11 +33,12 @@ AUTOMATIC = placement._automatic
 def have(monkeypatch: pytest.MonkeyPatch) -> Any:
     """have(*cards): these are the machine's, and kernels can be compiled."""
 
-    def pretend(*cards: Card, missing: str | None = None) -> None:
+    def pretend(*cards: Card, missing: str | None = None, without: str | None = "triton is not there") -> None:
         monkeypatch.setattr(placement, "_automatic", AUTOMATIC)
         monkeypatch.setattr(placement, "cards", lambda: list(cards))
         monkeypatch.setattr(placement, "_sees_cards", lambda: bool(cards))
-        monkeypatch.setattr(placement, "missing", lambda: missing)
+        monkeypatch.setattr(_nvrtc, "missing", lambda: missing)
+        monkeypatch.setattr(triton, "missing", lambda: without)
 
     return pretend
 
@@ -58,11 +60,61 @@ def test_a_plan_counts_what_is_stored_and_cached(source: Any) -> None:
     exact = plan(source, 4096, True, torch.float32)
     assert exact.weights == 4 * (linears + ends + 161 * 8192)
     assert exact.cache == 2 * found.cache
-    assert plan(source, 4096, False, torch.int8).cache == found.cache * 130 // 256
+    # a card's heads in 8 bits begin at multiples of 8 bytes
+    assert plan(source, 4096, False, torch.int8).cache == found.cache * 136 // 256
+    assert plan(source, 4096, False, torch.int8, on_card=False).cache == found.cache * 130 // 256
+    int4 = plan(source, 4096, False, torch.uint8)
+    assert int4.cache == found.cache * (64 + 4 * 4) // 256
+    # a layer's keys and values are read back for a prompt
+    assert int4.workspace == found.workspace + 2 * 4096 * 1024 * 2
     # prompts run in smaller pieces on a CPU
     assert plan(source, 4096, False, HALF, on_card=False).workspace < found.workspace
     assert str(found).startswith("It takes 3")
     assert all(word in str(found) for word in ("weights", "cache", "workspace", "GiB"))
+
+
+@pytest.mark.parametrize("with_triton", [False, True])
+def test_a_plan_counts_what_the_reference_widens(with_triton: bool, have: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of 48 columns are for no tile; scattered ones for no kernel at all."""
+    have(card(), without=None if with_triton else "triton is not there")
+    first = "model.layers.0.self_attn.q_proj.weight"
+    narrow, whole = (
+        random_model("smollm2-135m", f"{spec},o_proj={spec}", head="int8") for spec in ("int4g48", "int4g64")
+    )
+    linears = sum(torch.Size(w.shape).numel() for w in narrow.weights if w.role == "linear")
+    stored = sum(
+        parse(narrow.spec(w.name)).nbytes(w.shape, torch.bfloat16) for w in narrow.weights if w.role == "linear"
+    )
+    on_card, on_cpu = plan(narrow, 1024, False, HALF), plan(narrow, 1024, False, HALF, on_card=False)
+    assert on_card.weights - on_cpu.weights == (0 if with_triton else 4 * linears - stored)
+    same = plan(whole, 1024, False, HALF)
+    head = plan(random_model("smollm2-135m", "int4g48"), 1024, False, HALF)
+    # dequantized beside its place, the embedding is the largest
+    assert head.workspace - same.workspace == (0 if with_triton else 3 * 49152 * 576)
+    assert same.weights == plan(whole, 1024, False, HALF, on_card=False).weights
+    # one scattered matrix takes those along that are stacked with it: q, k and v (and o, which is as wide)
+    monkeypatch.setattr(type(whole.checkpoint), "scattered", lambda *asked: asked[-1] == first)
+    more = plan(whole, 1024, False, HALF)
+    attention = [w for w in whole.weights if w.block == 0 and "self_attn" in w.name]
+    widened = sum(4 * torch.Size(w.shape).numel() for w in attention)
+    assert more.weights - same.weights == widened - sum(
+        parse(whole.spec(w.name)).nbytes(w.shape, torch.bfloat16) for w in attention
+    )
+    assert more.workspace >= same.workspace
+
+
+def test_triton_stands_in_and_says_so(source: Any, have: Any) -> None:
+    have(card(), missing="cuda-bindings can't be loaded", without=None)
+    for found in (place("auto", source, 4096), place("cuda", source, 4096)):
+        assert found.device.type == "cuda"
+        assert str(found.note).count(".") == 1
+        assert "Triton, more slowly" in str(found.note)
+        assert "cuda-bindings can't be loaded; `pip install 'fewbit[cuda]'`" in str(found.note)
+    assert place("cuda", random_model("smollm2-135m", "int4g64"), 64, exact=True, cached=torch.float32).note is None
+    have(card(), missing="cuda-bindings can't be loaded", without="there is no C compiler")
+    with pytest.raises(FewbitError, match="can't be used") as caught:
+        place("cuda", source, 4096)
+    assert "cuda-bindings can't be loaded; there is no C compiler" in caught.value.facts
 
 
 def test_auto_takes_a_card_that_has_room_and_says_why_not(source: Any, have: Any) -> None:
@@ -82,10 +134,8 @@ def test_auto_takes_a_card_that_has_room_and_says_why_not(source: Any, have: Any
     assert "compute capability 7.5; the kernels need 8.0" in str(place("auto", source, 4096).note)
     have(card(), missing="cuda-bindings can't be imported")
     assert "cuda-bindings can't be imported" in str(place("auto", source, 4096).note)
-    have(card())
-    assert "8 bits on the CPU only" in str(place("auto", source, 4096, cached=torch.int8).note)
     with pytest.raises(FewbitError, match="cuda:0 can't be used"):
-        place("cuda", source, 4096, cached=torch.int8)
+        place("cuda", source, 4096)
     have()
     assert place("cpu", source, 4096).note is None
 
@@ -241,3 +291,6 @@ def test_bench_runs_random_weights_and_says_so(
     for argv in (["bench"], ["bench", "model", "--random", "smollm2-135m"]):
         assert main(argv) == 2
         assert "One model is needed." in capsys.readouterr().err
+    for option in ("--format", "--head"):
+        assert main(["bench", "model", option, "int8"]) == 2
+        assert f"{option} is for --random." in capsys.readouterr().err

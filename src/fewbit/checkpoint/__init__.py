@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fewbit.errors import FewbitError
 from fewbit.lookup import names
 from fewbit.qtensor import QTensor
@@ -26,6 +29,21 @@ class TokenizerData:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     add_bos: bool = False
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where the bytes of something stored lie in a file."""
+
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """How many."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 class Checkpoint(ABC):
@@ -52,6 +70,18 @@ class Checkpoint(ABC):
     @abstractmethod
     def read(self, name: str, rows: tuple[int, int] | None = None) -> QTensor:
         """One tensor, or the rows [start, stop) of a matrix."""
+
+    def extents(self, name: str) -> dict[str, Extent]:
+        """Where the large things lie that `read` makes a tensor of, by the names `assemble` takes; empty: read it."""
+        return {}
+
+    def assemble(self, name: str, stored: dict[str, Tensor]) -> QTensor:
+        """What `read` gives, of what lies at `extents`, on the device where that was brought."""
+        raise NotImplementedError
+
+    def scattered(self, name: str) -> bool:
+        """Whether a matrix has groups of columns that are no neighbours (activation order)."""
+        return False
 
     @abstractmethod
     def tokenizer(self) -> TokenizerData:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.checkpoint import Checkpoint, TokenizerData
+from fewbit.checkpoint import Checkpoint, Extent, TokenizerData
 from fewbit.checkpoint._folder import Json, read_json, tokenizer_data, weight_files
 from fewbit.checkpoint._safetensors import Shards
 from fewbit.checkpoint.huggingface import SPECS
@@ -107,12 +107,12 @@ class Foreign(Checkpoint):
         """(N, K) of a matrix whose scales have N columns, by the shapes of its parts; None where `bits` do not fit."""
 
     @abstractmethod
-    def packed(self, plan: Stored) -> Tensor:
-        """Codes as fewbit packs them, int32 [N, words(K)]."""
+    def packed(self, plan: Stored, qweight: Tensor) -> Tensor:
+        """Codes as fewbit packs them, int32 [N, words(K)], of what is stored."""
 
     @abstractmethod
-    def zeros(self, plan: Stored) -> Tensor:
-        """Zero points, uint8 [G, N]."""
+    def zeros(self, plan: Stored, qzeros: Tensor) -> Tensor:
+        """Zero points, uint8 [G, N], of what is stored."""
 
     @abstractmethod
     def says_symmetric(self) -> bool:
@@ -140,18 +140,37 @@ class Foreign(Checkpoint):
         return SPECS[dtype]
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> QTensor:
+        if self._stems[name] is None:
+            weight = self.shards.read(name, rows)
+            return QTensor(self.spec(name), tuple(weight.shape), {"weight": weight})
+        q = self.assemble(name, {part: self.shards.read(stored) for part, stored in self._stored(name).items()})
+        return q if rows is None else parse(q.spec).take(q, torch.arange(*rows))
+
+    def scattered(self, name: str) -> bool:
+        stem = self._stems[name]
+        return stem is not None and self._order(self._plan(stem)) is not None
+
+    def _stored(self, name: str) -> dict[str, str]:
+        """What the parts of a tensor are called in the files; zero points only where they differ."""
+        if (stem := self._stems[name]) is None:
+            return {"weight": name}
+        wanted = (QWEIGHT, SCALES) if self._is_symmetric(self._plan(stem)) else (QWEIGHT, SCALES, QZEROS)
+        return {part: f"{stem}{part}" for part in wanted}
+
+    def extents(self, name: str) -> dict[str, Extent]:
+        return {part: self.shards.extent(stored) for part, stored in self._stored(name).items()}
+
+    def assemble(self, name: str, stored: dict[str, Tensor]) -> QTensor:
         spec, stem = self.spec(name), self._stems[name]
         if stem is None:
-            weight = self.shards.read(name, rows)
-            return QTensor(spec, tuple(weight.shape), {"weight": weight})
+            return QTensor(spec, self.shape(name), stored)
         plan = self._plan(stem)
-        parts = {"packed": self.packed(plan), "scale": self.shards.read(f"{stem}{SCALES}").t().contiguous()}
-        if not self._is_symmetric(plan):
-            parts["zero"] = pack_rows(self.zeros(plan), plan.bits).t().contiguous()
+        parts = {"packed": self.packed(plan, stored[QWEIGHT]), "scale": stored[SCALES].t().contiguous()}
+        if QZEROS in stored:
+            parts["zero"] = pack_rows(self.zeros(plan, stored[QZEROS]), plan.bits).t().contiguous()
         if (order := self._order(plan)) is not None:
-            parts["g_idx"] = order
-        q = QTensor(spec, plan.shape, parts)
-        return q if rows is None else parse(spec).take(q, torch.arange(*rows))
+            parts["g_idx"] = order.to(parts["scale"].device)
+        return QTensor(spec, plan.shape, parts)
 
     def _plan(self, stem: str) -> Stored:
         """Sizes of a packed matrix; FewbitError where its parts do not fit together."""
@@ -207,8 +226,11 @@ class Foreign(Checkpoint):
     def _is_symmetric(self, plan: Stored) -> bool:
         if plan.stem not in self._symmetric:
             middle = 1 << (plan.bits - 1)
-            self._symmetric[plan.stem] = self.says_symmetric() and bool((self.zeros(plan) == middle).all())
+            self._symmetric[plan.stem] = self.says_symmetric() and self._all_zeros_are(middle, plan)
         return self._symmetric[plan.stem]
+
+    def _all_zeros_are(self, middle: int, plan: Stored) -> bool:
+        return bool((self.zeros(plan, self.shards.read(f"{plan.stem}{QZEROS}")) == middle).all())
 
     def _order(self, plan: Stored) -> Tensor | None:
         if f"{plan.stem}{G_IDX}" not in self.shards:

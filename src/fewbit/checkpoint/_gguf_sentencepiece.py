@@ -120,7 +120,7 @@ def _charsmap(vocabulary: Vocabulary) -> str | None:
         contradiction(vocabulary.name, "tokenizer.ggml.precompiled_charsmap is not an array of bytes")
     data = bytes(byte & 255 for byte in found)
     size = int.from_bytes(data[:4], "little")
-    if len(data) < 4 or size % 4 or not 4 <= size <= len(data) - 4 or data[-1:] not in (b"", b"\0"):
+    if len(data) < 4 or size % 4 or not 4 <= size <= len(data) - 4:
         contradiction(vocabulary.name, f"tokenizer.ggml.precompiled_charsmap has a trie of {size} in {len(data)} bytes")
     _check_trie(vocabulary, struct.unpack_from(f"<{size // 4}I", data, 4), data[4 + size :])
     return base64.b64encode(data).decode()
@@ -129,13 +129,14 @@ def _charsmap(vocabulary: Vocabulary) -> str | None:
 def _check_trie(vocabulary: Vocabulary, trie: Sequence[int], forms: bytes) -> None:
     """No step from a node leads out of the trie, and no value out of the forms or into a character's middle."""
     for at, node in enumerate(trie):
-        if node >> 31:
-            value = node & 0x7FFFFFFF
+        # besides the root, only nodes with a label are ever stood on, and those of values have none that matches
+        if at and (node >> 31 or not node & 255):
+            continue
+        base = at ^ node >> 10 << (8 if node & 512 else 0)
+        good = base | 255 < len(trie)
+        if good and node & 256:
+            value = trie[base] & 0x7FFFFFFF
             good = value < len(forms) and forms[value] & 0xC0 != 0x80
-        else:
-            # the 256 nodes from there on are reached by any next byte
-            offset = node >> 10 << (8 if node & 512 else 0)
-            good = at ^ offset | 255 < len(trie) if offset else True
         if not good:
             contradiction(vocabulary.name, f"tokenizer.ggml.precompiled_charsmap leads out of itself at node {at}")
     try:

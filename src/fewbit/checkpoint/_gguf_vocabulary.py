@@ -38,7 +38,8 @@ class Vocabulary:
             first = next(i for i, token in enumerate(tokens) if ids[token] != i)
             contradiction(name, f"the token {tokens[first][:40]!r} has the ids {first} and {ids[tokens[first]]}")
         types = metadata.get("tokenizer.ggml.token_type", [])
-        if isinstance(types, str) or not isinstance(types, Sequence) or len(types) not in (0, len(tokens)):
+        wrong = isinstance(types, str) or not isinstance(types, Sequence) or len(types) not in (0, len(tokens))
+        if wrong or not all(isinstance(kind, int) for kind in types):
             contradiction(name, f"tokenizer.ggml.token_type does not give one type for each of {len(tokens)} tokens")
         # a name that was made up is never looked for
         kinds = [kind if token else NORMAL for kind, token in zip(types, stored, strict=True)] if types else []
@@ -76,8 +77,9 @@ class Vocabulary:
 
 def strings(metadata: dict[str, Any], key: str, name: str) -> Sequence[str]:
     """An array of strings that is not empty."""
-    items = metadata.get(f"tokenizer.ggml.{key}")
-    if isinstance(items, str) or not isinstance(items, Sequence) or not items or not isinstance(items[0], str):
+    items: Sequence[Any] | None = metadata.get(f"tokenizer.ggml.{key}")
+    wrong = isinstance(items, str) or not isinstance(items, Sequence) or not items
+    if items is None or wrong or not all(isinstance(item, str) for item in items):
         contradiction(name, f"tokenizer.ggml.{key} is not an array of strings")
     return items
 

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fewbit.checkpoint import Extent
 from fewbit.errors import FewbitError
 
 DTYPES = {
@@ -25,6 +26,8 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+# what the library bounds a header by
+MAX_HEADER = 100_000_000
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -34,6 +37,8 @@ class Shards:
     def __init__(self, files: list[Path]) -> None:
         self.files = files
         self.home: dict[str, Any] = {}
+        self._file: dict[str, Path] = {}
+        self._ranges: dict[Path, dict[str, tuple[int, int]]] = {}
         self.metadata: dict[str, dict[str, str]] = {}
         for file in files:
             opened = self._open(file)
@@ -45,7 +50,7 @@ class Shards:
                         f"The second is {file.name}.",
                         "Remove the file that does not belong to the model.",
                     )
-                self.home[name] = opened
+                self.home[name], self._file[name] = opened, file
 
     @staticmethod
     def _open(file: Path) -> Any:
@@ -86,6 +91,57 @@ class Shards:
         found: Tensor = opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows[0] : rows[1]]
         return found
 
+    def extent(self, name: str) -> Extent:
+        """Where a tensor's bytes lie."""
+        file = self._file[name]
+        if file not in self._ranges:
+            self._ranges[file] = _ranges(file)
+        dtype, shape = self.dtype(name), self.shape(name)
+        begin, end = self._ranges[file].get(name, (0, -1))
+        found = Extent(file, begin, dtype, shape)
+        if end - begin != found.nbytes:
+            raise _changed(file)
+        return found
+
+
+def _ranges(file: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor's bytes begin and end in a file that the library has opened, and so checked."""
+    try:
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header: dict[str, Any] = json.loads(opened.read(min(size, MAX_HEADER)))
+        offsets = {name: facts["data_offsets"] for name, facts in header.items() if name != "__metadata__"}
+        return {name: (8 + size + int(begin), 8 + size + int(end)) for name, (begin, end) in offsets.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise _changed(file) from e
+
+
+def _changed(file: Path) -> FewbitError:
+    return FewbitError(
+        f"{file.name} changed while it was being read.",
+        f"{file}: its header is not the one that was checked.",
+        "Load the model again when nothing writes to it.",
+    )
+
+
+def laid_out(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, list[int]], int]:
+    """What a file of these tensors begins with, where behind that each lies [begin, end), and where the last ends."""
+    # widest dtype first, as the library writes them: every tensor is then aligned
+    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    place: dict[str, list[int]] = {}
+    end = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        place[name] = [begin, end]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, place, end
+
 
 class ShardWriter:
     """One safetensors file whose tensors are written in any order, by pieces along the first axis."""
@@ -98,20 +154,8 @@ class ShardWriter:
         resume: bool = False,
     ) -> None:
         """`resume` goes on with a file that another run began with the same arguments; FewbitError where it differs."""
-        # widest dtype first, as the library writes them: every tensor is then aligned
-        order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-        self.place: dict[str, list[int]] = {}
-        end = 0
-        for name in order:
-            dtype, shape = tensors[name]
-            begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
-            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-            self.place[name] = [begin, end]
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self.start = 8 + len(text)
-        beginning = len(text).to_bytes(8, "little") + text
+        beginning, self.place, end = laid_out(tensors, metadata)
+        self.start = len(beginning)
         damaged = FewbitError(
             "The unfinished output is damaged.",
             f"{path} is not the file this command began.",

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fewbit.checkpoint import _journal as journal
 from fewbit.checkpoint._journal import Journal
-from fewbit.checkpoint._safetensors import ShardWriter
+from fewbit.checkpoint._safetensors import ShardWriter, laid_out
 from fewbit.errors import FewbitError
 from fewbit.formats import Format, Layout, parse
 from fewbit.formats.integer import IntegerFormat
@@ -32,6 +32,8 @@ from fewbit.qtensor import QTensor
 # part of a format -> what is added to the tensor's name, as compressed-tensors spells it
 SPELLING = {"packed": "_packed", "scale": "_scale", "zero": "_zero_point"}
 SHARD_BYTES = 4 << 30
+# what a file says of how it was made takes less, beside the specs
+FACTS_BYTES = 4096
 # config_groups that are written
 MOST_SCHEMES = 8
 
@@ -125,8 +127,9 @@ class Writer:
     """Writes a folder beside `out` and renames it into place when it is whole.
 
     `fingerprint` says which run the output belongs to: an unfinished folder of the same run is gone on with, one of
-    another run is refused with what differs (`restart` throws it away). Used as a context manager: leaving it by an
-    error, Ctrl-C included, keeps the units that were committed, and removes everything where there are none.
+    another run is refused with what differs (`supersede` throws that away, `restart` any). Used as a context manager:
+    leaving it by an error, Ctrl-C included, keeps the units that were committed, and removes everything where there
+    are none.
     """
 
     def __init__(
@@ -137,11 +140,12 @@ class Writer:
         facts: dict[str, Any],
         fingerprint: dict[str, Any] | None = None,
         restart: bool = False,
+        supersede: bool = False,
     ) -> None:
         self.out, self.tensors, self.scale_dtype = out.absolute(), tensors, scale_dtype
         specs = {t.name: t.spec for t in tensors if isinstance(t.format, IntegerFormat)}
         self.facts = facts | {"specs": specs}
-        self.fingerprint, self.restart = fingerprint or {}, restart
+        self.fingerprint, self.restart, self.supersede = fingerprint or {}, restart, supersede
         self.journal: Journal | None = None
         self.home: dict[str, ShardWriter] = {}
         self.stack = ExitStack()
@@ -211,6 +215,9 @@ class Writer:
             found.discard()
             return None
         if changed := journal.differences(found.fingerprint, self.fingerprint):
+            if self.supersede:
+                found.discard()
+                return None
             found.close()
             raise FewbitError(
                 f"An unfinished output of another run lies at {str(place)!r}.",
@@ -331,6 +338,20 @@ class Writer:
 
 def _bytes(layout: Layout) -> int:
     return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in layout.values())
+
+
+def file_bytes(tensors: Sequence[Planned], scale_dtype: torch.dtype) -> int:
+    """What the weight files take at most, headers included, before anything is written."""
+    specs = {t.name: t.spec for t in tensors if isinstance(t.format, IntegerFormat)}
+    metadata = {"fewbit": json.dumps({"specs": specs})}
+    total = 0
+    for members in _split(tensors, scale_dtype):
+        stored: Layout = {}
+        for t in members:
+            stored |= t.stored(scale_dtype)
+        beginning, _, end = laid_out(stored, metadata)
+        total += len(beginning) + end + FACTS_BYTES
+    return total
 
 
 def _split(tensors: Sequence[Planned], scale_dtype: torch.dtype) -> Iterator[list[Planned]]:

@@ -14,8 +14,6 @@ from torch import Tensor
 from fewbit.checkpoint._folder import Json
 from fewbit.checkpoint._foreign import (
     AUTO_ROUND_AWQ,
-    QWEIGHT,
-    QZEROS,
     Foreign,
     Stored,
     auto_round_packing,
@@ -52,12 +50,11 @@ class AWQ(Foreign):
         whole = n % len(INTERLEAVE) == 0 and order is None
         return (n, qweight[0]) if whole and qweight[1] == words(n, bits) else None
 
-    def packed(self, plan: Stored) -> Tensor:
-        codes = _in_order(self.shards.read(f"{plan.stem}{QWEIGHT}"), plan)
-        return pack_rows(codes.t().contiguous(), plan.bits)
+    def packed(self, plan: Stored, qweight: Tensor) -> Tensor:
+        return pack_rows(_in_order(qweight, plan).t().contiguous(), plan.bits)
 
-    def zeros(self, plan: Stored) -> Tensor:
-        return _in_order(self.shards.read(f"{plan.stem}{QZEROS}"), plan)
+    def zeros(self, plan: Stored, qzeros: Tensor) -> Tensor:
+        return _in_order(qzeros, plan)
 
     def says_symmetric(self) -> bool:
         return self.settings.get("zero_point") is False or self.settings.get("sym") is True

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.checkpoint import Checkpoint, TokenizerData, _eight_bits
+from fewbit.checkpoint import Checkpoint, Extent, TokenizerData, _eight_bits
 from fewbit.checkpoint._eight_bits import EightBits
 from fewbit.checkpoint._folder import read_json, tokenizer_data, weight_files
 from fewbit.checkpoint._foreign import scattered, unreadable
@@ -140,23 +140,46 @@ class CompressedTensors(Checkpoint):
         return self._specs[name]
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> QTensor:
-        shape, spec = self.shape(name), self.spec(name)
         if name in self._eight:
             return _eight_bits.read(self.shards, self._eight[name], rows)
-        if spec == MXFP4:
+        if self.spec(name) == MXFP4:
             parts = {part: self.shards.read(f"{name}_{part}", rows) for part in ("packed", "scale")}
-            return QTensor(spec, (len(parts["packed"]), shape[1]), parts)
+            return QTensor(MXFP4, (len(parts["packed"]), self.shape(name)[1]), parts)
         if f"{name}_packed" not in self.shards:
             weight = self.shards.read(name, rows)
-            return QTensor(spec, tuple(weight.shape), {"weight": weight})
-        fmt = parse(spec)
-        parts = {part: self.shards.read(f"{name}{SPELLING[part]}") for part in fmt.layout(shape, torch.float32)}
+            return QTensor(self.spec(name), tuple(weight.shape), {"weight": weight})
+        q = self.assemble(name, {part: self.shards.read(stored) for part, stored in self._stored(name).items()})
+        return q if rows is None else parse(q.spec).take(q, torch.arange(*rows))
+
+    def scattered(self, name: str) -> bool:
+        if f"{name}_g_idx" not in self.shards:
+            return False
+        (rows, columns), fmt = self.shape(name), parse(self.spec(name))
+        groups = fmt.layout((rows, columns), torch.float32)["scale"][1][1]
+        return self._order(name, columns, groups, fmt) is not None
+
+    def _stored(self, name: str) -> dict[str, str]:
+        """What the parts of a tensor are called in the files."""
+        if f"{name}_packed" not in self.shards:
+            return {"weight": name}
+        return {
+            part: f"{name}{SPELLING[part]}" for part in parse(self.spec(name)).layout(self.shape(name), torch.float32)
+        }
+
+    def extents(self, name: str) -> dict[str, Extent]:
+        if name in self._eight or self.spec(name) == MXFP4:
+            return {}
+        return {part: self.shards.extent(stored) for part, stored in self._stored(name).items()}
+
+    def assemble(self, name: str, stored: dict[str, Tensor]) -> QTensor:
+        shape, spec, parts = self.shape(name), self.spec(name), dict(stored)
+        if f"{name}_packed" not in self.shards:
+            return QTensor(spec, shape, parts)
         if parts["scale"].dtype not in SPECS or any(parts[p].dtype != torch.int32 for p in parts if p != "scale"):
             raise _wrong_shape(name, f"dtypes are { {p: str(t.dtype) for p, t in parts.items()} }")
-        if (order := self._order(name, shape[1], parts["scale"].shape[1], fmt)) is not None:
-            parts["g_idx"] = order
-        q = QTensor(spec, shape, parts)
-        return q if rows is None else fmt.take(q, torch.arange(*rows))
+        if (order := self._order(name, shape[1], parts["scale"].shape[1], parse(spec))) is not None:
+            parts["g_idx"] = order.to(parts["scale"].device)
+        return QTensor(spec, shape, parts)
 
     def _order(self, name: str, columns: int, groups: int, fmt: Format) -> Tensor | None:
         """Each column's group, where groups are not neighbouring columns."""

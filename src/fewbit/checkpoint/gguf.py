@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 
 from fewbit import formats
-from fewbit.checkpoint import Checkpoint, TokenizerData, _gguf_tokenizer
+from fewbit.checkpoint import Checkpoint, Extent, TokenizerData, _gguf_tokenizer
 from fewbit.checkpoint._gguf_file import SPECS, TYPE_NAMES, Entry, GgufFile, type_name
 from fewbit.errors import FewbitError
 from fewbit.gguf_parts import all_parts
@@ -74,7 +74,8 @@ class Gguf(Checkpoint):
         """The tensor as a view of the file, or the rows [start, stop) of its first axis."""
         spec, entry = self.spec(name), self._entry(name)
         # every readable type is one part
-        ((part, (dtype, shape)),) = formats.parse(spec).layout(entry.shape, torch.float32).items()
+        ((part, place),) = self.extents(name).items()
+        dtype, shape = place.dtype, place.shape
         stored = torch.frombuffer(self._home[name].data, dtype=dtype, count=prod(shape), offset=entry.start).view(shape)
         if rows is None:
             return QTensor(spec, entry.shape, {part: stored})
@@ -82,6 +83,17 @@ class Gguf(Checkpoint):
         if len(shape) < 2 or not 0 <= start < stop <= shape[0]:
             raise ValueError(f"{name} of shape {entry.shape} has no rows {start} to {stop}")
         return QTensor(spec, (stop - start, *entry.shape[1:]), {part: stored[start:stop]})
+
+    def extents(self, name: str) -> dict[str, Extent]:
+        """The tensor's bytes as they are."""
+        entry = self._entry(name)
+        layout = formats.parse(self.spec(name)).layout(entry.shape, torch.float32)
+        file = self._home[name].path
+        return {part: Extent(file, entry.start, dtype, shape) for part, (dtype, shape) in layout.items()}
+
+    def assemble(self, name: str, stored: dict[str, torch.Tensor]) -> QTensor:
+        """The tensor of its bytes."""
+        return QTensor(self.spec(name), self.shape(name), stored)
 
     def tokenizer(self) -> TokenizerData:
         """The tokenizer in the metadata, as a tokenizer.json."""

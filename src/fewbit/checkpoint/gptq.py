@@ -14,8 +14,6 @@ from torch import Tensor
 from fewbit.checkpoint._folder import Json
 from fewbit.checkpoint._foreign import (
     AUTO_ROUND_AWQ,
-    QWEIGHT,
-    QZEROS,
     Foreign,
     Stored,
     auto_round_packing,
@@ -54,15 +52,14 @@ class GPTQ(Foreign):
         columns = order[0] if order else qweight[0] * 32 // bits
         return (n, columns) if qweight == (words(columns, bits), n) else None
 
-    def packed(self, plan: Stored) -> Tensor:
-        return self.shards.read(f"{plan.stem}{QWEIGHT}").t().contiguous()
+    def packed(self, plan: Stored, qweight: Tensor) -> Tensor:
+        return qweight.t().contiguous()
 
-    def zeros(self, plan: Stored) -> Tensor:
-        stored = self.shards.read(f"{plan.stem}{QZEROS}")
+    def zeros(self, plan: Stored, qzeros: Tensor) -> Tensor:
         if self.less_one and plan.bits in ONES:
             # the writer subtracted from whole words, so that a zero point of 0 borrowed from its neighbour
-            stored = stored + ONES[plan.bits]
-        zeros = unpack_rows(stored, plan.bits, plan.shape[0])
+            qzeros = qzeros + ONES[plan.bits]
+        zeros = unpack_rows(qzeros, plan.bits, plan.shape[0])
         if self.less_one and plan.bits not in ONES:
             zeros = (zeros + 1) & ((1 << plan.bits) - 1)
         return zeros

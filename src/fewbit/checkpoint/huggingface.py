@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from fewbit.checkpoint import Checkpoint, TokenizerData
+from fewbit.checkpoint import Checkpoint, Extent, TokenizerData
 from fewbit.checkpoint._folder import read_json, tokenizer_data, weight_files
 from fewbit.checkpoint._safetensors import Shards
 from fewbit.config_values import shown
@@ -55,6 +56,12 @@ class HuggingFace(Checkpoint):
     def read(self, name: str, rows: tuple[int, int] | None = None) -> QTensor:
         weight = self.shards.read(name, rows)
         return QTensor(self.spec(name), tuple(weight.shape), {"weight": weight})
+
+    def extents(self, name: str) -> dict[str, Extent]:
+        return {"weight": self.shards.extent(name)}
+
+    def assemble(self, name: str, stored: dict[str, Tensor]) -> QTensor:
+        return QTensor(self.spec(name), self.shape(name), stored)
 
     def tokenizer(self) -> TokenizerData:
         return tokenizer_data(self.path)

@@ -27,7 +27,8 @@ Quantize large language models to 2-8 bits, measure what was lost, and run them 
 commands:
 {commands}
 
-MODEL is an alias (such as smollm2), a folder with config.json and safetensors files, or a .gguf file.
+MODEL is an alias (such as smollm2), a hub id (owner/name, owner/name:Q4_K_M), a folder with config.json and
+safetensors files, or a .gguf file.
 
 examples:
   fewbit run smollm2 "Why is the sky blue?"

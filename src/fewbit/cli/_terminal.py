@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
+Progress = Callable[[int, int, str], None]
 # Control characters (C0, DEL, C1) but newline and tab: a model's words must not drive the terminal.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 # Seconds between two lines of progress where no bar can be drawn.

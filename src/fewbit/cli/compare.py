@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from fewbit.cli._models import fetch
 from fewbit.cli._parser import Parser
 from fewbit.cli._terminal import Column, megabytes, print_table, write
 from fewbit.cli.eval import add_measuring, measure, named_files, task_names
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from fewbit.origin import origin
     from fewbit.source import describe_source, open_source
 
+    fetch(*args.model, args.against)
     sources = [open_source(model) for model in args.model]
     said = [origin(source) for source in sources]
     if not args.json:

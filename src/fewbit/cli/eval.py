@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewbit.cli._failures import UsageError, explain
+from fewbit.cli._models import fetch
 from fewbit.cli._parser import Parser, add_cache, add_device, count
 from fewbit.cli._terminal import Column, note, print_json, print_table, progress, write
 from fewbit.errors import FewbitError
@@ -76,6 +77,7 @@ def measure(args: argparse.Namespace, *, exact: bool, origins: Sequence[dict[str
         from fewbit.tasks import check_tasks
 
         check_tasks()
+    fetch(*args.model, args.against)
     found: list[Quality] = []
     answers: Tasks = {}
     try:
@@ -109,6 +111,8 @@ def _measure(
     if texts:
         with progress() as report:
             found += _evaluate(args, texts, exact, report)
+        for reason in dict.fromkeys(q.device_note for q in found if q.device_note):
+            note(f"note: {reason}")
         # what is known is shown: tasks may take hours more, or fail
         if not args.json:
             print_quality(args.against, found)
@@ -210,7 +214,14 @@ def _run_tasks(args: argparse.Namespace, names: list[str], exact: bool, report: 
     for model in args.model:
         if model not in found:
             found[model] = run_tasks(
-                model, names, limit=args.limit, exact=exact, device=args.device, cache=args.cache, progress=report
+                model,
+                names,
+                limit=args.limit,
+                exact=exact,
+                device=args.device,
+                cache=args.cache,
+                progress=report,
+                note=lambda reason: note(f"note: {reason}"),
             )
 
 

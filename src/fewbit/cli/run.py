@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fewbit.cli._failures import UsageError
-from fewbit.cli._parser import Parser, add_cache, add_device, count
-from fewbit.cli._terminal import note, print_json, progress, write
+from fewbit.cli._parser import BITS_HELP, MODEL_HELP, Parser, add_cache, add_device, count, format_of_bits
+from fewbit.cli._terminal import Progress, note, print_json, progress, write
 from fewbit.errors import FewbitError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fewbit.runtime.engine import LanguageModel
     from fewbit.runtime.generation import Generation, Stats
     from fewbit.runtime.sampler import Sampling
@@ -21,7 +23,7 @@ HELP = "answer one prompt, or chat in the terminal"
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="alias, folder or .gguf file")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "prompt", metavar="PROMPT", nargs="?", help="one question; default: standard input when piped, else a chat"
     )
@@ -51,6 +53,12 @@ def add_arguments(parser: Parser) -> None:
         help="above 1 discourages words already used (default 1)",
     )
     how.add_argument("--seed", type=int, metavar="N", help="makes a sampled answer repeatable")
+    less = parser.add_argument_group(
+        "fewer bits (of a full-precision model: rounded to nearest, once, and kept; see fewbit ls)"
+    )
+    bits = less.add_mutually_exclusive_group()
+    bits.add_argument("--bits", type=int, choices=range(2, 9), metavar="N", help=BITS_HELP)
+    bits.add_argument("--format", metavar="SPEC", help="intN, intNgM or intNgMa: N bits, M inputs share a scale")
     machine = parser.add_argument_group("machine")
     machine.add_argument(
         "--context", type=count, metavar="N", help="tokens to keep room for (default: the model's own)"
@@ -80,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
     with progress() as report:
         model = fewbit.load(
-            args.model,
+            _in_few_bits(args, report),
             exact=args.exact,
             context=args.context,
             threads=args.threads,
@@ -109,6 +117,15 @@ def run(args: argparse.Namespace) -> int:
     if args.stats:
         note(stats_line(answer.stats))
     return 0
+
+
+def _in_few_bits(args: argparse.Namespace, report: Progress) -> str | Path:
+    """The model as it was asked for: itself, or its rounded copy in the cache."""
+    if not (args.bits or args.format):
+        return str(args.model)
+    from fewbit.on_demand import in_few_bits
+
+    return in_few_bits(args.model, args.format or format_of_bits(args.bits), progress=report, note=note)
 
 
 def _read_standard_input() -> str:

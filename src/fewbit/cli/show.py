@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from fewbit.cli._parser import Parser
+from fewbit.cli._models import fetch
+from fewbit.cli._parser import MODEL_HELP, Parser
 from fewbit.cli._terminal import Column, megabytes, print_json, print_table, write
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ HELP = "tell what a model is made of: sizes, formats, tensors"
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="alias, folder or .gguf file")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--tensors", action="store_true", help="one line for each tensor")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
@@ -23,6 +24,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     from fewbit.source import describe
 
+    fetch(args.model)
     found = describe(args.model)
     if args.json:
         print_json(found.to_dict())

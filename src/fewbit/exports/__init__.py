@@ -82,7 +82,7 @@ def export(
     if to not in targets():
         raise FewbitError(f"There is no export to {to!r}.", f"Known: {', '.join(targets())}.", advice(to, targets()))
     target = find(__name__, to.replace("-", "_"))
-    source = open_source(model, (lambda text: progress(0, 1, text)) if progress else None)
+    source = open_source(model, progress)
     report, tell = progress or _quiet, note or silent
     out = Path(out)
     if to == "gguf":

@@ -159,11 +159,14 @@ class IntegerFormat(Format):
         return QTensor(self.spec, tuple(codes.shape), parts | _order(params))
 
     def unpack(self, q: QTensor) -> tuple[Tensor, Params]:
+        return unpack_rows(q.parts["packed"], self.bits, q.shape[1]), self._params(q) | _order(q.parts)
+
+    def _params(self, q: QTensor) -> Params:
         params = {"scale": q.parts["scale"]}
         if self.asymmetric:
             down = q.parts["zero"].t().contiguous()
             params["zero"] = unpack_rows(down, self.bits, q.shape[0]).t().contiguous()
-        return unpack_rows(q.parts["packed"], self.bits, q.shape[1]), params | _order(q.parts)
+        return params
 
     def take(self, q: QTensor, rows: Tensor) -> QTensor:
         parts = {"packed": q.parts["packed"][rows], "scale": q.parts["scale"][rows]}
@@ -176,8 +179,12 @@ class IntegerFormat(Format):
         if "g_idx" in q.parts:
             # a group's columns lie scattered, and kernels take neighbours
             return None
-        codes, params = self.unpack(q)
-        span = self.span(q.shape[1])
+        codes = unpack_rows(q.parts["packed"], self.bits, q.shape[1])
+        return self.affine_of(codes, q)
+
+    def affine_of(self, codes: Tensor, q: QTensor) -> Affine:
+        """What is affine in `q`, of codes that were unpacked or only have the shape and the device for it."""
+        params, span = self._params(q), self.span(q.shape[1])
         if not self.asymmetric:
             return Affine(codes, params["scale"], 2 ** (self.bits - 1), None, span, self.bits)
         offset = -params["scale"].float() * params["zero"].float()

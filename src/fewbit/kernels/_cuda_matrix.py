@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from fewbit.formats import Affine, parse
+from fewbit.formats.integer import IntegerFormat
 from fewbit.kernels import _cuda_layout as layout
+from fewbit.kernels import _nvrtc
 from fewbit.kernels._cuda_layout import Kind
+from fewbit.kernels._nvrtc import Kernel
 from fewbit.qtensor import QTensor
 
 # weights that are unpacked at a time: about 0.3 GB of the card's memory for a while
@@ -121,6 +126,9 @@ def _part(group: list[QTensor], kind: Kind, first: int, pair: int, device: torch
     blocks, tiles = -(-rows // layout.ROWS), layout.tiles_of(columns)
     groups = tiles * (layout.COLUMNS // kind.span) if kind.span else 1
     codes = torch.empty(blocks, tiles, kind.bits, layout.THREADS, 4, dtype=torch.int32, device=device)
+    if device.type == "cuda" and (whole := _parameters(group, kind, pair, device)) is not None:
+        _pack_streams(group, pair, device, codes)
+        return Part(kind, first, rows, columns, pair, codes, *_grouped(whole, groups), _factor(_largest(whole, kind)))
     dtype = next(d for d, number in layout.SCALE_KINDS.items() if number == kind.scales)
     scales = torch.empty(blocks, groups, 8, 4, dtype=dtype, device=device)
     shifts: Tensor | None = None
@@ -135,6 +143,73 @@ def _part(group: list[QTensor], kind: Kind, first: int, pair: int, device: torch
             shifts[to] = packed.shifts
         largest, at = max(largest, _largest(some, kind)), to.stop
     return Part(kind, first, rows, columns, pair, codes, scales, shifts, _factor(largest))
+
+
+def _parameters(group: list[QTensor], kind: Kind, pair: int, device: torch.device) -> _Rows | None:
+    """Scales and shifts of all rows in the order they lie in, where the codes are streams of bits that a card lays out
+    by itself; None where they are something else, or a block would have rows of two tensors.
+    """
+    formats = [parse(q.spec) for q in group]
+    if not pair and any(q.shape[0] % layout.ROWS for q in group[:-1]):
+        return None
+    found = []
+    for q, fmt in zip(group, formats, strict=True):
+        if not isinstance(fmt, IntegerFormat):
+            return None
+        q = QTensor(q.spec, q.shape, {name: part.to(device) for name, part in q.parts.items() if name != "packed"})
+        found.append(_rows(fmt.affine_of(torch.empty(q.shape, dtype=torch.uint8, device="meta"), q), kind))
+
+    def stacked(parts: list[Tensor]) -> Tensor:
+        if not pair:
+            return torch.cat(parts)
+        return torch.stack([t.view(-1, PAIRED, t.shape[1]) for t in parts], 1).reshape(-1, parts[0].shape[1])
+
+    shifts = [some.shifts for some in found if some.shifts is not None]
+    codes = torch.empty(0, device="meta")
+    return _Rows(codes, stacked([some.scales for some in found]), stacked(shifts) if shifts else None)
+
+
+def _grouped(some: _Rows, groups: int) -> tuple[Tensor, Tensor | None]:
+    """Scales and shifts as the kernels take them, filled up to whole blocks."""
+
+    def laid_out(t: Tensor) -> Tensor:
+        return layout.pack_groups(torch.nn.functional.pad(t, (0, 0, 0, -len(t) % layout.ROWS)), groups)
+
+    return laid_out(some.scales), None if some.shifts is None else laid_out(some.shifts)
+
+
+def _pack_streams(group: list[QTensor], pair: int, device: torch.device, codes: Tensor) -> None:
+    """The codes of a group of integers, from the streams they are stored in, by a kernel."""
+    at, streams = 0, [q.parts["packed"].to(device).contiguous() for q in group]
+    for i, q in enumerate(group[:1] if pair else group):
+        stream, fmt = streams[i], parse(q.spec)
+        assert isinstance(fmt, IntegerFormat)  # noqa: S101
+        blocks = -(-q.shape[0] * len(streams if pair else [q]) // layout.ROWS)
+        args = (
+            ctypes.c_void_p(stream.data_ptr()),
+            ctypes.c_void_p(streams[1].data_ptr() if pair else None),
+            ctypes.c_uint64(4 * stream.shape[1]),
+            *map(ctypes.c_int, (*q.shape, codes.shape[1])),
+            ctypes.c_void_p(codes[at:].data_ptr()),
+        )
+        _packing(fmt.bits, device.index).launch((blocks, codes.shape[1], 1), (128, 1, 1), args)
+        at += blocks
+
+
+@cache
+def _packing(width: int, device: int) -> Kernel:
+    return _nvrtc.module("pack.cu", ("pack",), packing_defines(width), device)["pack"]
+
+
+def packing_defines(width: int) -> dict[str, object]:
+    """What pack.cu is compiled for, for codes of `width` bits."""
+    bits = layout.stored_bits(width)
+    fields = ",".join(
+        f"{{{pair},{word},{at},{first},{count}}}"
+        for pair, places in enumerate(layout.FIELDS[bits])
+        for word, at, first, count in places
+    )
+    return {"WIDTH": width, "BITS": bits, "FIELDS": f"{{{fields}}}"}
 
 
 def _packed(some: _Rows, kind: Kind, tiles: int, groups: int) -> _Rows:
@@ -204,7 +279,9 @@ def _largest(some: _Rows, kind: Kind) -> float:
 
 
 def _factor(largest: float) -> float:
-    """1 where halves hold weights up to `largest` well, else the power of two that brings them there."""
-    if not 0 < largest < math.inf or 2.0**-6 <= largest < 2.0**15:
+    """1 where halves hold weights up to `largest` well, and 512 times their scales, else the power of two that brings
+    them there.
+    """
+    if not 0 < largest < math.inf or 2.0**-6 <= largest < 2.0**6:
         return 1.0
-    return 2.0 ** max(-126, min(126, 10 - math.frexp(largest)[1]))
+    return 2.0 ** max(-126, min(126, 5 - math.frexp(largest)[1]))

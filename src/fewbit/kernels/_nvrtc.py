@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
-import tempfile
+import importlib.util
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fewbit import kept
 from fewbit.errors import FewbitError
 from fewbit.store import cache_dir
 
 SOURCES = Path(__file__).parent / "_cuda"
 # more than this for a block has to be asked of the driver
 PLAIN_SHARED = 48 << 10
+SUFFIX = ".cubin"
+# all that is kept: one takes 20 to 80 KB, a model a dozen of them, and old versions' are never asked for again
+MAX_BYTES = 64 << 20
 DIGEST = hashlib.sha256().digest_size
 # the first architecture with programmatic dependent launch
 DEPENDENT_LAUNCH = 90
@@ -34,30 +37,40 @@ def missing() -> str | None:
     """Why nothing can be compiled or launched here, in words; None where it can."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA card"
-    return None if _bindings() else "cuda-bindings (the extra fewbit[cuda]) can't be imported"
+    return lacking()
 
 
-@lru_cache(maxsize=1)
-def _bindings() -> tuple[Any, Any] | None:
-    """cuda.bindings' driver and nvrtc; None where they or NVRTC itself are not there."""
+def extra() -> str:
+    """What to install for this torch: bindings and NVRTC of its own major version of CUDA."""
+    return "fewbit[cuda12]" if (torch.version.cuda or "").startswith("12.") else "fewbit[cuda]"
+
+
+@cache
+def lacking() -> str | None:
+    """What of the extra is not there, in words; None where the compiler can be called."""
+    if not importlib.util.find_spec("cuda") or not importlib.util.find_spec("cuda.bindings"):
+        return f"cuda-bindings is not installed (the extra {extra()} has it)"
     try:
-        from cuda.bindings import driver, nvrtc
+        _imported()
+    except ImportError as error:
+        return f"cuda-bindings can't be imported: {error}"
+    except RuntimeError as error:
+        return f"NVRTC's library can't be loaded (the extra {extra()} has it): {str(error).splitlines()[0]}"
+    return None
 
-        nvrtc.nvrtcVersion()
-    except (ImportError, RuntimeError):
-        return None
+
+@cache
+def _imported() -> tuple[Any, Any]:
+    from cuda.bindings import driver, nvrtc
+
+    nvrtc.nvrtcVersion()
     return driver, nvrtc
 
 
 def _both() -> tuple[Any, Any]:
-    found = _bindings()
-    if found is None:
-        raise FewbitError(
-            "The CUDA kernels can't be compiled.",
-            "cuda-bindings or NVRTC can't be imported.",
-            "Install fewbit[cuda], or run on the CPU.",
-        )
-    return found
+    if reason := lacking():
+        raise FewbitError("The CUDA kernels can't be compiled.", f"{reason}.", f"Install {extra()}, or run on the CPU.")
+    return _imported()
 
 
 class Arguments:
@@ -198,24 +211,20 @@ def _use_context(driver: Any, device: int) -> None:
 
 def _kept(source: str, defines: tuple[tuple[str, str], ...], arch: int, anew: bool = False) -> bytes:
     """What NVRTC made of it, from the cache where it is whole; a folder that can't be written costs compiling again."""
-    file = cache_dir() / "cuda" / f"{Path(source).stem}-{_key(source, defines, arch)}.cubin"
+    file = cache_dir() / "cuda" / f"{Path(source).stem}-{_key(source, defines, arch)}{SUFFIX}"
     if not anew:
         try:
             whole = file.read_bytes()
             if len(whole) > DIGEST and hashlib.sha256(whole[DIGEST:]).digest() == whole[:DIGEST]:
+                kept.used(file)
                 return whole[DIGEST:]
         except OSError:
             pass
     image = compiled(source, dict(defines), arch)
     with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, draft = tempfile.mkstemp(prefix=".", suffix=".part", dir=file.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as opened:
-                opened.write(hashlib.sha256(image).digest() + image)
-            Path(draft).replace(file)
-        except OSError:
-            Path(draft).unlink(missing_ok=True)
+        with kept.written(file) as draft:
+            draft.write(hashlib.sha256(image).digest() + image)
+        kept.tidy(file.parent, SUFFIX, file, MAX_BYTES)
     return image
 
 
@@ -253,7 +262,9 @@ def _options(arch: int, defines: Mapping[str, object]) -> list[str]:
     # machine code runs on later minor versions, not on later major ones
     kind = "sm" if older[-1] // 10 == arch // 10 else "compute"
     given = [f"-D{key}={value}" for key, value in sorted(defines.items())]
-    return [f"--gpu-architecture={kind}_{older[-1]}", "--std=c++17", "-default-device", *given]
+    # wgmma is no part of plain sm_90, which has no other minor version either
+    exact = "a" if older[-1] == arch == 90 else ""
+    return [f"--gpu-architecture={kind}_{older[-1]}{exact}", "--std=c++17", "-default-device", *given]
 
 
 def compiled(source: str, defines: Mapping[str, object], arch: int) -> bytes:
@@ -272,7 +283,7 @@ def compiled(source: str, defines: Mapping[str, object], arch: int) -> bytes:
             raise FewbitError(
                 "A CUDA kernel did not compile.",
                 f"{source} for sm_{arch} with {dict(defines)}: {_log(nvrtc, program)}",
-                "Update fewbit[cuda], or run on the CPU; this is worth a report.",
+                f"Update {extra()}, or run on the CPU; this is worth a report.",
             )
         if options[0].startswith(b"--gpu-architecture=sm_"):
             size, get = nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN
@@ -309,3 +320,13 @@ def _launch_error(driver: Any, name: str, status: Any, facts: str) -> FewbitErro
     _, text = driver.cuGetErrorString(status)
     words = text.decode() if isinstance(text, bytes) else str(status)
     return FewbitError(f"The CUDA kernel {name} did not run.", f"{words}; {facts}.", "Run on the CPU, and report this.")
+
+
+def run(kernel: Kernel, grid: tuple[int, int, int], threads: int, *args: Any) -> None:
+    """Launch a kernel that waits for the one before it by itself, and so may start early."""
+    kernel.launch(grid, (threads, 1, 1), args, dependent=True)
+
+
+def pointers(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
+    """Where they lie, as arguments; 0 for None."""
+    return [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in tensors]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewbit.formats import Format, Params
 from fewbit.methods._columns import ColumnLoop, column_major
+from fewbit.methods._second_order import in_order
 
 LAZY = 128
 
@@ -64,7 +65,7 @@ def swept(w: Tensor, hessian: Tensor, fmt: Format, codes: Tensor, params: Params
     """One sweep of coordinate descent over the columns in `order`."""
     view, p = fmt.at(params, order)
     p = {name: column_major(t.float()) for name, t in p.items()}
-    h = hessian[order][:, order]
+    h = in_order(hessian, order)
     codes = codes[:, order]
     values = column_major(view.value(codes, p))
     pull = column_major((values - w[:, order]) @ h)

@@ -30,10 +30,10 @@ def quantize(w: Tensor, fmt: Format, stats: Stats, target: Target) -> QTensor:
     if "cross" in stats:
         w = drift_corrected(w, hessian, stats["cross"])
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(hessian[order][:, order], target.note)
     params = fmt.fit(w, importance(hessian), target.dtype, target.search)
-    codes = rounded(w, fmt, params, order, factor)
-    codes, params = refine(w, damped(hessian), fmt, codes, params, order, ROUNDS[target.effort])
+    codes = rounded(w, fmt, params, order, inverse_factor(hessian, target.note, order))
+    if rounds := ROUNDS[target.effort]:
+        codes, params = refine(w, damped(hessian), fmt, codes, params, order, rounds)
     return fmt.pack(codes, params)
 
 
