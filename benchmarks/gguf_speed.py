@@ -2,9 +2,8 @@
 
     python benchmarks/gguf_speed.py FILE.gguf ... --llama-bench PATH [--threads 2] [--rounds 5] [--prompt 512]
 
-Rounds are interleaved: each file with fewbit and with llama.cpp, then the next. What counts is the median of the rounds'
-ratios, as both sides of a round meet the same machine. Prints a row for each file, exits non-zero where fewbit decodes
-slower than llama.cpp.
+Rounds are interleaved: a file with fewbit and then with llama.cpp. What counts is the median of the rounds' ratios, as
+both sides of a round meet the same machine. Prints a row for each file, exits non-zero where fewbit decodes slower.
 """
 
 from __future__ import annotations

@@ -27,8 +27,7 @@ from _marks import Mark, finish
 from torch.nn import functional as F
 
 import fewbit
-from fewbit.kernels._card_ceilings import card_ceilings
-from fewbit.kernels._cuda_ops import CudaOps
+from fewbit.kernels import ceilings, ops_on
 from fewbit.kernels.ops import Batch, Layer
 from fewbit.random_models import random_model
 from fewbit.runtime.cache import Sequence
@@ -113,7 +112,7 @@ def half_layer_seconds(model: LanguageModel, tokens: int, rounds: int) -> float:
         like.width,
         like.activation,
     )
-    stack = CudaOps(model.device).stack([layer, layer])
+    stack = ops_on(model.device).stack([layer, layer])
     stack.allocate(tokens, torch.float16)
     numbers = torch.arange(tokens, device="cuda")
     batch = Batch(
@@ -217,7 +216,7 @@ def main() -> None:
     parser.add_argument("--agreement", metavar="MODEL", help="a real model to run here and on the CPU as well")
     args = parser.parse_args()
     only = [name for name in args.only.split(",") if name]
-    machine = card_ceilings(torch.device("cuda", 0))
+    machine = ceilings(torch.device("cuda", 0))
     assert machine is not None, "nothing can be compiled for a card here"
     plain, half = machine.measure(), half_read_rate()
     gc.collect()

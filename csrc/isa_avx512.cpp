@@ -82,6 +82,7 @@ struct Isa {
     typedef float Vec __attribute__((vector_size(64)));
     typedef int32_t IntVec __attribute__((vector_size(64)));
     static float add_lanes(Vec v) { return _mm512_reduce_add_ps(v); }
+    static float half(uint16_t h) { return _cvtsh_ss(h); }
     static Vec load_half(const uint16_t *p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
     }

@@ -74,6 +74,9 @@ struct Isa {
     typedef float Vec __attribute__((vector_size(16)));
     typedef int32_t IntVec __attribute__((vector_size(16)));
     static float add_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+    static float half(uint16_t h) {
+        return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h))), 0);
+    }
     static Vec load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
     static Vec load_bytes(const int8_t *p) {
         int32_t four;

@@ -117,6 +117,7 @@ struct Isa {
     typedef float Vec __attribute__((vector_size(16)));
     typedef int32_t IntVec __attribute__((vector_size(16)));
     static float add_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+    static float half(uint16_t h) { return f16_to_float(h); }
     static Vec load_half(const uint16_t *p) {
         return Vec{f16_to_float(p[0]), f16_to_float(p[1]), f16_to_float(p[2]), f16_to_float(p[3])};
     }

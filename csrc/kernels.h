@@ -27,11 +27,14 @@ enum class Offsets : int { none = 0, f32 = 1, f16 = 2, zeros = 3, steps = 4 };
 // Of the gate in a gated product. gelu_tanh is GELU with tanh in the place of the error function.
 enum class Activation : int { silu = 0, gelu_tanh = 1 };
 
-// What a cached head of a token is: `width` numbers, of int8 with their scale (bf16) behind them.
-enum class CacheType : int { f32 = 0, f16 = 1, int8 = 2 };
+// What a cached head of a token is: `width` numbers, of int8 with their scale (bf16) behind them, of int4 (two a byte)
+// with a scale and a least number (f16) for each group.
+enum class CacheType : int { f32 = 0, f16 = 1, int8 = 2, int4 = 3 };
+constexpr int64_t kCachedGroup = 32;
 
 constexpr int64_t head_bytes(CacheType type, int64_t width) {
     if (type == CacheType::int8) return width + 2;
+    if (type == CacheType::int4) return width / 2 + 4 * ((width + kCachedGroup - 1) / kCachedGroup);
     return type == CacheType::f16 ? 2 * width : 4 * width;
 }
 

@@ -35,7 +35,7 @@ T *at(Address address) {
 }
 
 fewbit::CacheType cache_type(int type) {
-    if (type < 0 || type > 2) throw std::invalid_argument("no such type of cache");
+    if (type < 0 || type > 3) throw std::invalid_argument("no such type of cache");
     return static_cast<fewbit::CacheType>(type);
 }
 

@@ -65,8 +65,48 @@ void store_bytes(uint8_t *to, const float *from, int64_t n) {
     }
 }
 
+// A group of n numbers, their scale and least number to numbers[0] and [1]; codes [n], a byte each.
+void store_group(uint8_t *codes, uint16_t *numbers, const float *from, int64_t n) {
+    float held[kCachedGroup], least = 0.0f, most = 0.0f;
+    bool broken = false;
+    for (int64_t i = 0; i < n; ++i) {
+        const float x = from[i] > kLargestCached ? kLargestCached : from[i] < -kLargestCached ? -kLargestCached : from[i];
+        broken |= (to_bits(x) & 0x7fffffffu) > 0x7f800000u;
+        least = i == 0 || x < least ? x : least;
+        most = i == 0 || x > most ? x : most;
+        held[i] = x;
+    }
+    numbers[0] = broken ? 0x7e00 : float_to_f16((most - least) / 15.0f);
+    // of two zeros the positive one
+    numbers[1] = broken ? 0x7e00 : float_to_f16(least + 0.0f);
+    const float step = f16_to_float(numbers[0]), start = f16_to_float(numbers[1]);
+    // of a group that is one number everywhere, or broken, codes do not matter
+    const bool has_step = step > 0.0f;
+    for (int64_t i = 0; i < n; ++i) {
+        float code = has_step ? (held[i] - start) / step : 0.0f;
+        code = code > 15.0f ? 15.0f : code;
+        code = code < 0.0f ? 0.0f : code;
+        codes[i] = static_cast<uint8_t>(static_cast<int32_t>((code + kToWhole) - kToWhole));
+    }
+}
+
+void store_nibbles(uint8_t *to, const float *from, int64_t n) {
+    uint8_t codes[kCachedGroup + 1];
+    for (int64_t first = 0; first < n; first += kCachedGroup) {
+        const int64_t count = std::min(kCachedGroup, n - first);
+        uint16_t numbers[2];
+        store_group(codes, numbers, from + first, count);
+        for (int64_t i = 0; i < count; i += 2) to[(first + i) / 2] = static_cast<uint8_t>(codes[i] | codes[i + 1] << 4);
+        std::memcpy(to + n / 2 + first / kCachedGroup * 4, numbers, sizeof numbers);
+    }
+}
+
+bool turns_keys(CacheType type) { return type == CacheType::int8 || type == CacheType::int4; }
+bool turns_values(CacheType type) { return type == CacheType::int4; }
+
 // A head of n numbers to the cache.
 void store(CacheType type, uint8_t *to, const float *from, int64_t n) {
+    if (type == CacheType::int4) return store_nibbles(to, from, n);
     if (type == CacheType::int8) return store_bytes(to, from, n);
     if (type == CacheType::f32) {
         std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
@@ -128,9 +168,11 @@ void append_token(const float *k, const float *v, const float *cos, const float 
     for (int64_t h = 0; h < cache.heads; ++h) {
         const int64_t at = (slot * cache.heads + h) * bytes;
         rotate(k + h * width, cos, sin, scratch, width);
-        if (cache.type == CacheType::int8) spread(scratch, width);
+        if (turns_keys(cache.type)) spread(scratch, width);
         store(cache.type, cache.keys + at, scratch, width);
-        store(cache.type, cache.values + at, v + h * width, width);
+        std::copy(v + h * width, v + (h + 1) * width, scratch);
+        if (turns_values(cache.type)) spread(scratch, width);
+        store(cache.type, cache.values + at, scratch, width);
     }
 }
 
@@ -192,7 +234,7 @@ bool rotate_append(const Heads &q, const Heads &k, const Heads &v, const float *
         for (int64_t h = 0; h < q.heads; ++h) {
             float *head = q_out + (t * q.heads + h) * width;
             rotate(q.data + t * q.stride + h * width, c, s, head, width);
-            if (cache.type == CacheType::int8) spread(head, width);
+            if (turns_keys(cache.type)) spread(head, width);
         }
         thread_local std::vector<float> scratch;
         if (static_cast<int64_t>(scratch.size()) < width) scratch.resize(static_cast<size_t>(width));
@@ -320,8 +362,9 @@ class Attention {
         for (int64_t head = 0; head < cache_.heads; ++head) {
             for (int64_t row = 0; row < rows(span); ++row) {
                 const int64_t token = span.first + row / group_;
-                merge(sums(span, head, 0) + row * entry_, chunks(span), rows(span) * entry_, width_,
-                      y_ + (token * heads_ + head * group_ + row % group_) * width_);
+                float *y = y_ + (token * heads_ + head * group_ + row % group_) * width_;
+                merge(sums(span, head, 0) + row * entry_, chunks(span), rows(span) * entry_, width_, y);
+                if (turns_values(cache_.type)) spread(y, width_);
             }
         }
     }

@@ -69,8 +69,8 @@ class WindowOps(Ops):
         soft_cap: float = 0.0,
     ) -> Tensor:
         """q [T, H, D] with T a whole number of windows -> [T, H * D]."""
-        # the fast kernels' gradients are not the same twice
-        product = torch.float32 if q.requires_grad else self.product
+        # the fast kernels' gradients are not the same twice; held scores have no fast kernel
+        product = torch.float32 if q.requires_grad or soft_cap else self.product
         parts = (x.to(product) for x in (q, self._keys, self._values))
         q, k, v = (x.unflatten(0, (-1, self.length)).transpose(1, 2) for x in parts)
         self._keys = self._values = torch.empty(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,3 +51,16 @@ def _unusable(key: str, value: Any, wanted: str) -> FewbitError:
         f"Found {shown(value)} where {wanted} belongs.",
         "Check config.json (in a GGUF file: its metadata) against the original model's.",
     )
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """`40GB`, `16GiB`, `56 MB` or a plain number of bytes; ValueError where it is none, or not positive."""
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?i?)B?\s*", text, re.IGNORECASE)
+    unit = _UNITS.get(found[2].upper()) if found else None
+    count = int(float(found[1]) * unit) if found and unit else 0
+    if count < 1:
+        raise ValueError(f"{text!r} is not a size such as 40GB, 16GiB or 56MB")
+    return count

@@ -255,6 +255,8 @@ class _Candidate:
             weight_bytes=size.weight_bytes,
             bits_per_weight=size.bits_per_weight,
             exact=self.model.exact,
+            device=self.model.device_name,
+            device_note=self.model.device_note,
             domains=tuple(domains),
             worst=tuple(self.worst.tokens),
             cache_error=self.cache_error(cached),

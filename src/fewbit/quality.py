@@ -52,6 +52,8 @@ class Quality:
                   window that was run again, and two standard errors of it over all cached windows, as a root of
                   squares; 0 where no cached reference was used
     paired        beside the first candidate of the same call; None for the first
+    device        what ran it: `cpu`, or the card's name
+    device_note   why the card was not used, where there is one
     """
 
     model: str
@@ -73,6 +75,8 @@ class Quality:
     worst: tuple[WorstToken, ...] = ()
     cache_error: float = 0.0
     paired: Paired | None = None
+    device: str = "cpu"
+    device_note: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import fewbit
-from fewbit import companions, store
+from fewbit import companions, recipes, store
 from fewbit.blocks import fast_product
 from fewbit.calibration import Calibration
 from fewbit.calibration import collect as collect_windows
@@ -54,18 +54,21 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Specs:
     """Which spec each tensor gets: `format` for the linears of the blocks, `head` for embedding and output head.
 
-    `sixteen` is what 16 bits mean for the model: f16 or bf16.
+    `sixteen` is what 16 bits mean for the model: f16 or bf16. `others` are tensors by name whose spec is another.
     """
 
     format: str
     head: str
     sixteen: str
+    others: Mapping[str, str]
 
     def spec(self, w: WeightInfo, stored: str) -> str:
         """The spec of a tensor; norms and biases stay as they are `stored`."""
+        if w.name in self.others:
+            return self.others[w.name]
         if w.role == "linear":
             return self.format
         if w.role in ("embedding", "head"):
@@ -92,6 +95,7 @@ class Options:
     offload: bool = False
     restart: bool = False
     supersede: bool = False
+    recipe: recipes.Recipe | str | Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         _known("scales", self.scales, ("search", "minmax"))
@@ -113,6 +117,23 @@ class Options:
             raise FewbitError(f"There is no effort {self.effort}.", "Known: 0, 1, 2, 3.", "Use --effort 1.")
         for spec in (self.format, *([] if self.head == "16bit" else [self.head])):
             _writable(spec)
+
+    @property
+    def label(self) -> str:
+        """What the formats are called together."""
+        return self.format if self.recipe is None else f"mixed ({self.format})"
+
+    def exceptions(self, source: Source) -> dict[str, str]:
+        """The specs by tensor that the recipe asks for."""
+        if self.recipe is None:
+            return {}
+        if self.recipe == recipes.MIXED:
+            return recipes.mixed(source.weights)
+        table = recipes.read(Path(self.recipe)) if isinstance(self.recipe, str | Path) else self.recipe
+        found = recipes.resolved(table, source.weights)
+        for spec in sorted(set(found.values())):
+            _writable(spec)
+        return found
 
     @property
     def weighted(self) -> bool:
@@ -171,6 +192,8 @@ def quantize(
     format       spec of the blocks' linears, such as `int4g64`
     method       `auto`, or modules of `fewbit.methods`: `rtn`, `gptq`, `awq`, `awq+gptq`, `tuned`
     head         spec of embedding and output head, or `16bit`
+    recipe       `mixed` (the textbook's rule), a JSON file or a table of names or patterns with *, or a function of the
+                 name: matrices whose spec is another
     scales       `search` (least squared error) or `minmax` (textbook)
     effort       0 to 3: more time for less loss
     calibration  None (the text that comes with fewbit), a text file, `self`, or a dataset of the hub
@@ -190,11 +213,14 @@ def quantize(
     asked = Options(**options)
     modules = asked.modules
     source = open_source(model, progress)
-    recipe = Recipe(asked.format, asked.head, next(s for s, d in FLOATS.items() if d == source.dtype))
-    plan = _plan(source, recipe)
+    specs = Specs(
+        asked.format, asked.head, next(s for s, d in FLOATS.items() if d == source.dtype), asked.exceptions(source)
+    )
+    plan = _plan(source, specs)
     out = Path(out)
     calibration = _calibration(source, asked, modules, progress)
     facts, fingerprint = _facts(source, asked, calibration)
+    fingerprint["specs"] = {p.name: p.spec for p in plan}
     target = Target(source.dtype, asked.scales == "search", asked.effort, note or silent)
     try:
         with (
@@ -219,9 +245,9 @@ def quantize(
     seconds = time.perf_counter() - start
     found = describe(out)
     bits = round(found.bits_per_weight, 2)
-    store.remember(out, {"format": asked.format, "method": asked.resolved, "head": asked.head, "bits_per_weight": bits})
+    store.remember(out, {"format": asked.label, "method": asked.resolved, "head": asked.head, "bits_per_weight": bits})
     return Summary(
-        str(out), asked.format, asked.resolved, asked.head, seconds, found.weight_bytes, facts["source_bytes"],
+        str(out), asked.label, asked.resolved, asked.head, seconds, found.weight_bytes, facts["source_bytes"],
         found.float16_bytes, found.bits_per_weight, tuple(walk.unseen),
     )  # fmt: skip
 
@@ -281,7 +307,7 @@ def _facts(source: Source, asked: Options, calibration: Calibration | None) -> t
     """What goes into the files' metadata, and the fingerprint that an unfinished output is known by."""
     facts: dict[str, Any] = {
         "version": fewbit.__version__,
-        "format": asked.format,
+        "format": asked.label,
         "method": asked.resolved,
         "head": asked.head,
         "scales": asked.scales,
@@ -313,10 +339,10 @@ def _writable(spec: str) -> None:
     )
 
 
-def _plan(source: Source, recipe: Recipe) -> list[Planned]:
+def _plan(source: Source, specs: Specs) -> list[Planned]:
     plan = []
     for w in source.weights:
-        spec = recipe.spec(w, source.spec(w.name))
+        spec = specs.spec(w, source.spec(w.name))
         if reason := parse(spec).accepts(w.shape):
             raise FewbitError(f"{w.name} can't be stored as {spec}.", f"{reason}.", "Choose another format.")
         plan.append(Planned(w.name, spec, w.shape))

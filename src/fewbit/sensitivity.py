@@ -9,7 +9,7 @@ its activations are the largest there are. So g^2 is measured on a few windows, 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,16 +38,22 @@ Report = Callable[[str, float], None]
 class Sensitivity:
     """Weights of mean 1: of each block positions [linears, length] of a window, and channels [blocks, d] of blocks'
     outputs. Experts' matrices of a kind share theirs.
+
+    What they are relative to: of each block `scales` [linears], the mean g^2 at outputs; `entrance` [length, d],
+    the mean g^2 at what the embedding gives.
     """
 
     positions: list[Tensor]
     channels: Tensor
+    scales: list[Tensor]
+    entrance: Tensor
 
     def save(self, file: Path) -> None:
         """Whole or not at all, whatever happens meanwhile."""
         beside = file.with_suffix(".new")
-        positions = {f"positions.{i}": p.contiguous() for i, p in enumerate(self.positions)}
-        save_file({"channels": self.channels} | positions, beside)
+        lists = {"positions": self.positions, "scales": self.scales}
+        parts = {f"{name}.{i}": t.contiguous() for name, found in lists.items() for i, t in enumerate(found)}
+        save_file({"channels": self.channels, "entrance": self.entrance.contiguous()} | parts, beside)
         with beside.open("rb") as written:
             os.fsync(written.fileno())
         beside.rename(file)
@@ -56,7 +62,9 @@ class Sensitivity:
     def load(cls, file: Path) -> Sensitivity:
         """What `save` wrote."""
         found = load_file(file)
-        return cls([found[f"positions.{i}"] for i in range(len(found) - 1)], found["channels"])
+        blocks = range((len(found) - 2) // 2)
+        positions, scales = ([found[f"{name}.{i}"] for i in blocks] for name in ("positions", "scales"))
+        return cls(positions, found["channels"], scales, found["entrance"])
 
 
 class Head:
@@ -76,13 +84,44 @@ class Head:
         ]
         self.tokens = max(1, LOGITS // total)
 
+    def normed(self, x: Tensor) -> Tensor:
+        """What the head multiplies of last hidden states x [T, d]."""
+        return RMSNorm(self.norm, self.source.args.rms_norm_eps, WindowOps(len(x)))(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of normed states x [T, d], float32 [T, vocab]."""
+        return self.capped(self._products(x))
+
+    def _products(self, x: Tensor) -> Tensor:
+        return torch.cat([(x.to(part.dtype) @ part.t()).float() for part in self.parts], 1)
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Where the model bounds them softly."""
+        cap = self.source.args.final_soft_cap
+        return (logits / cap).tanh_().mul_(cap) if cap else logits
+
+    def divergence(self, exact: Tensor, moved: Tensor, other: Callable[[Tensor], Tensor]) -> float:
+        """Mean KL in nats between this head's predictions of normed states `exact` [T, d] and those that the logits
+        `other(moved)` make, a few tokens at a time.
+        """
+        total = 0.0
+        for x, y in zip(exact.split(self.tokens), moved.split(self.tokens), strict=True):
+            p, q = self.logits(x).log_softmax(1), other(y).log_softmax(1)
+            total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+        return max(0.0, total / len(exact))
+
+    def changed(self, changes: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+        """The logits of this head with `changes` added to its rows, given in slices."""
+        placed = [off.to(self.device) for off in changes]
+        return lambda x: self.capped(self._products(x).add_(torch.cat([x @ off.t() for off in placed], 1)))
+
     def pull(self, x: Tensor, draws: Tensor) -> Tensor:
         """Gradient at last hidden states x [T, d] of -log p(label), for labels drawn from the model's own predictions:
         where the sum of probabilities passes `draws` [T, 1].
         """
         x = x.detach().requires_grad_()
         with torch.enable_grad():
-            normed = RMSNorm(self.norm, self.source.args.rms_norm_eps, WindowOps(len(x)))(x)
+            normed = self.normed(x)
         read = normed.detach().to(self.product)
         logits = torch.cat([(read @ part.to(self.product).t()).float() for part in self.parts], 1)
         cap, slope = self.source.args.final_soft_cap, None
@@ -123,8 +162,10 @@ class Probe:
             self.report(f"what counts for the loss: block {i + 1} backward", 1 - 2 / 3 * (i + 1) / self.blocks)
             channels.insert(0, gradient.square().mean((0, 1)))
             tokens.insert(0, self._through(self._block(i, length), inputs[i], gradient))
-        positions = [mean_one(by_octave(t.unflatten(-1, (n, length)).mean(1))) for t in tokens]
-        return Sensitivity(positions, mean_one(torch.stack(channels)))
+        positions = [by_octave(t.unflatten(-1, (n, length)).mean(1)) for t in tokens]
+        scales = [p.mean(-1) for p in positions]
+        entrance = by_octave(gradient.square().mean(0).t()).t()
+        return Sensitivity([mean_one(p) for p in positions], mean_one(torch.stack(channels)), scales, entrance)
 
     def _block(self, index: int, length: int) -> FloatBlock:
         return load_block(self.source, index, length, self.device, self.product)

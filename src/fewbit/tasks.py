@@ -41,11 +41,12 @@ def run_tasks(
     device: str = "cpu",
     cache: str | None = None,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Run tasks of lm-eval on a model -> {task: {figure: value}}, groups of tasks among them.
 
     names  the harness's own names or patterns, or YAML files of tasks; limit  questions of each task; exact, device
-    and cache as in `load`
+    and cache as in `load`; note  told why a card is not used
     A figure is spelled as the harness does (`acc`, `acc_stderr`, `word_perplexity`), with its filter where it has one
     (`exact_match,strict-match`). Raises FewbitError where lm-eval is missing, a task is unknown, or its data can't be
     had, beside what `load` raises.
@@ -58,6 +59,8 @@ def run_tasks(
     # before the model: a misspelt name should not cost its loading
     tasks = _load_tasks(manager, names)
     language_model = load(model, exact=exact, device=device, cache=cache, progress=progress)
+    if note and language_model.device_note:
+        note(language_model.device_note)
     harness_model = _adapter(language_model, progress)
     # the harness prints, and standard output belongs to figures
     with contextlib.redirect_stdout(sys.stderr):

@@ -131,7 +131,7 @@ def test_what_can_not_be_timed_is_told_in_three_parts(tiny_folder: Path, capsys:
 
 
 def test_without_native_kernels_there_is_no_share(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "ceilings", lambda: None)
+    monkeypatch.setattr(measuring, "ceilings", lambda _: None)
     found = measure_speed(tiny_folder, prompt=3, new=1, repeat=1)
     assert (found.read_ceiling, found.dot_ceiling, found.prompt_share, found.decode_share) == (None,) * 4
     from fewbit.cli.bench import rows

@@ -6,6 +6,7 @@ import json
 import sys
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fewbit.cli import main
 from fewbit.errors import FewbitError
 from fewbit.evaluator import Quality
 from fewbit.origin import Origin, of_settings
+from fewbit.runtime import placement
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -114,6 +116,23 @@ def test_a_text_whose_own_name_has_the_sign(cli: Cli, tiny_folder: Path, texts: 
     assert found["text"] == str(texts[1])
 
 
+def test_why_the_card_is_not_used_is_said(
+    cli: Cli, tiny_folder: Path, texts: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    automatic = placement._automatic
+
+    def on_the_cpu(*given: Any) -> placement.Placement:
+        return replace(automatic(*given), note="The CPU is used: the card is full.")
+
+    monkeypatch.setattr(placement, "_automatic", on_the_cpu)
+    argv = ["eval", tiny_folder, "--against", tiny_folder, "--text", texts[0], "--windows", "1", "--device"]
+    code, _, said = cli(*argv, "auto")
+    assert code == 0
+    assert "note: The CPU is used: the card is full." in said
+    found = json.loads(cli(*argv, "cpu", "--json")[1])["models"][0]
+    assert (found["device"], found["device_note"]) == ("cpu", None)
+
+
 def test_compare_says_what_the_files_say(cli: Cli, tiny_folder: Path, models: list[Path], texts: list[Path]) -> None:
     argv = ("compare", models[0], tiny_folder, "--against", tiny_folder, "--text", texts[0])
     code, said, _ = cli(*argv)
@@ -187,7 +206,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def run_tasks(
         model: str, names: Sequence[str], *, limit: int | None, exact: bool, progress: Any, **place: Any
     ) -> Any:
-        elsewhere = {k: v for k, v in place.items() if v not in ("cpu", None)}
+        elsewhere = {k: v for k, v in place.items() if v not in ("cpu", None) and k != "note"}
         calls.append((model, list(names), limit, exact, *([elsewhere] if elsewhere else [])))
         return {name: {"acc": 0.25 + len(calls)} for name in names}
 

@@ -1,4 +1,4 @@
-// Stands in for pieces.cuh and units.cuh, so that product.cu runs on a CPU: a thread for each of a block's threads, the
+// Stands in for pieces.cuh and units.cuh, so that product.cu and many.cu run on a CPU: a thread for each of a block's threads, the
 // matrix unit's fragments as the PTX manual gives them.
 #pragma once
 #include <algorithm>
@@ -13,7 +13,7 @@
 #define __global__
 #define __shared__
 #define __forceinline__ inline
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 #define __align__(n)
 
 typedef unsigned char u8;
@@ -28,6 +28,7 @@ struct Index { int x, y, z; };
 using std::min;
 
 inline thread_local Index threadIdx, blockIdx;
+inline Index gridDim;
 // a block's shared memory
 alignas(16) inline char poisoned[1 << 20];
 
@@ -60,6 +61,15 @@ inline float float_of_half(u16 h) {
     float size = exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp((float)mantissa, -24);
     return h >> 15 ? -size : size;
 }
+inline u16 half_of(float f) { _Float16 h = (_Float16)f; u16 u; memcpy(&u, &h, 2); return u; }
+inline u32 add_halves(u32 a, u32 b) {
+    u32 low = half_of(float_of_half((u16)a) + float_of_half((u16)b));
+    return low | (u32)half_of(float_of_half((u16)(a >> 16)) + float_of_half((u16)(b >> 16))) << 16;
+}
+// blocks run one after the other
+inline void __threadfence() {}
+inline u32 atomicAdd(u32* p, u32 by) { u32 before = *p; *p += by; return before; }
+inline float4 from_others(const float4* p) { return *p; }
 inline void wait_for_inputs() {}
 inline void let_next_begin() {}
 
@@ -67,7 +77,18 @@ inline void let_next_begin() {}
 struct Copy { char* to; const char* from; };
 inline thread_local std::vector<std::vector<Copy>> groups;
 inline thread_local std::vector<Copy> open_group;
-inline void copy(char* to, const char* from) { open_group.push_back({to, from}); }
+// where copies may read, and whether one read elsewhere
+struct Range { const char* from; u64 size; };
+inline std::vector<Range> readable;
+inline bool strayed;
+inline void check(const char* from) {
+    for (const Range& r : readable)
+        if (from >= r.from && from + 16 <= r.from + r.size) return;
+    strayed = true;
+}
+inline void copy(char* to, const char* from) { check(from); open_group.push_back({to, from}); }
+struct CopyLater { void operator()(char* to, const char* from) const { copy(to, from); } };
+struct CopyNow { void operator()(char* to, const char* from) const { check(from); memcpy(to, from, 16); } };
 inline void copies_end() { groups.push_back(std::move(open_group)); open_group.clear(); }
 template <int LEFT>
 void wait_for_copies() {

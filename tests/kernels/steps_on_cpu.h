@@ -1,4 +1,4 @@
-// Stands in for pieces.cuh, so that steps.cu runs on a CPU: a thread for each of a block's threads, blocks one by one.
+// Stands in for pieces.cuh, pairs.cuh and units.cuh, so that kernels run on a CPU: a thread for each of a block's threads, blocks one by one.
 #pragma once
 #include <algorithm>
 #include <barrier>
@@ -17,6 +17,7 @@
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
+typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -38,6 +39,7 @@ inline Index gridDim, blockDim;
 struct Warp {
     std::barrier<> together{32};
     float given[32];
+    u32 a[32][4], b[32][2];
 };
 struct Block {
     explicit Block(int threads) : together(threads), warps(threads / 32) {}
@@ -56,6 +58,19 @@ inline float __shfl_xor_sync(u32, float x, int mask) {
     warp.together.arrive_and_wait();
     return found;
 }
+inline float __shfl_sync(u32, float x, int lane) {
+    Warp& warp = warp_now();
+    warp.given[threadIdx.x % 32] = x;
+    warp.together.arrive_and_wait();
+    float found = warp.given[lane];
+    warp.together.arrive_and_wait();
+    return found;
+}
+inline bool __any_sync(u32, bool one) {
+    float sum = one;
+    for (int m = 16; m; m >>= 1) sum += __shfl_xor_sync(~0u, sum, m);
+    return sum > 0;
+}
 inline void __threadfence() {}
 inline u32 atomicAdd(u32* at, u32 more) { return __atomic_fetch_add(at, more, __ATOMIC_SEQ_CST); }
 template <class T>
@@ -66,9 +81,9 @@ inline float __uint_as_float(u32 u) { float f; memcpy(&f, &u, 4); return f; }
 inline float __expf(float x) { return std::exp(x); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float float_of_half(u16 h) {
-    int exponent = h >> 10 & 31, mantissa = h & 1023;
-    float size = exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp((float)mantissa, -24);
-    return h >> 15 ? -size : size;
+    _Float16 f;
+    memcpy(&f, &h, 2);
+    return f;
 }
 // to nearest, ties to even
 inline u16 half_of(float f) {
@@ -78,6 +93,43 @@ inline u16 half_of(float f) {
     return bits;
 }
 inline u32 half2_of(float low, float high) { return half_of(low) | (u32)half_of(high) << 16; }
+inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
+    u32 result = 0;
+    for (int i = 0; i < 4; ++i) {
+        u32 n = selector >> 4 * i & 7;
+        result |= ((n < 4 ? a >> 8 * n : b >> 8 * (n - 4)) & 255) << 8 * i;
+    }
+    return result;
+}
+template <class Make>
+u32 each_half(Make make, u32 a, u32 b, u32 c = 0) {
+    u32 found = 0;
+    for (int i = 0; i < 32; i += 16)
+        found |= (u32)half_of((float)make(float_of_half(a >> i), float_of_half(b >> i), float_of_half(c >> i))) << i;
+    return found;
+}
+inline u32 pair_minus(u32 a, u32 b) { return each_half([](double x, double y, double) { return x - y; }, a, b); }
+inline u32 pair_times(u32 a, u32 b) { return each_half([](double x, double y, double) { return x * y; }, a, b); }
+inline u32 pair_times_plus(u32 a, u32 b, u32 c) {
+    return each_half([](double x, double y, double z) { return x * y + z; }, a, b, c);
+}
+// c += a b; a 16 x 16, b 16 x 8, their fragments as the PTX manual gives them
+inline void multiply(float* c, const u32* a, u32 b0, u32 b1) {
+    Warp& warp = warp_now();
+    int lane = threadIdx.x % 32;
+    for (int i = 0; i < 4; ++i) warp.a[lane][i] = a[i];
+    warp.b[lane][0] = b0;
+    warp.b[lane][1] = b1;
+    warp.together.arrive_and_wait();
+    for (int i = 0; i < 4; ++i) {
+        int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k) {
+            u32 left = warp.a[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)], right = warp.b[column * 4 + k % 8 / 2][k / 8];
+            c[i] += float_of_half((u16)(left >> (k % 2 * 16))) * float_of_half((u16)(right >> (k % 2 * 16)));
+        }
+    }
+    warp.together.arrive_and_wait();
+}
 inline void wait_for_inputs() {}
 inline void let_next_begin() {}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fewbit.formats import parse
 from fewbit.kernels import _cuda_layout as layout
 from fewbit.kernels import _cuda_matrix as matrix
-from fewbit.kernels._cuda_shapes import shape_for
+from fewbit.kernels._cuda_shapes import room, shape_for, tile_for
 from fewbit.kernels._nvrtc import SOURCES
 
 BITS = sorted(layout.FIELDS)
@@ -209,9 +209,41 @@ def test_every_shape_fits_a_card(bits, most):
     for span in (0, 32, 64, 128):
         for blocks in (1, 18, 128, 192, 256, 896):
             for tiles in (1, 5, 32, 64, 224):
-                for wide in (1, 2, 4):
+                for wide in (1, 2):
                     kind = layout.Kind(bits, span, 0, 2)
                     shape = shape_for(kind, blocks, tiles, wide, most)
                     assert shape.shared(kind) <= most
                     assert 1 <= shape.warps <= 32
                     assert shape.column_warps < 2 * tiles
+
+
+@pytest.mark.parametrize("most", [99 << 10, 163 << 10, 227 << 10])
+@pytest.mark.parametrize("bits", BITS)
+def test_every_tile_fits_a_card(bits, most):
+    for span, shifts in ((0, 2), (32, 2), (32, 1), (64, 0), (128, 0)):
+        kind = layout.Kind(bits, span, 0, shifts)
+        for blocks, tiles in ((1, 1), (18, 5), (128, 32), (192, 64), (256, 224), (896, 64)):
+            for tokens in (9, 16, 17, 40, 64, 65, 128, 1000):
+                tile, _ = tile_for(kind, blocks, tiles, tokens, most, 132)
+                assert tile.shared(kind) <= most
+                assert tile.warps <= 32
+                # what many.cu asserts
+                assert tile.x_rounds & (tile.x_rounds - 1) == 0
+                assert tile.x_rounds * (tile.x_stages - 1) >= tile.stages - 1 > 0
+                # 64K registers, 8 * wide * row_blocks * (sums and a group's, or more) of a thread
+                sums = tile.row_blocks * tile.wide * 8
+                assert 32 * tile.warps * tile.blocks * (2 * sums + 40) <= 65536
+
+
+@pytest.mark.parametrize("processors", [28, 132, 170])
+def test_columns_are_parted_without_rest_and_within_the_room(processors):
+    for blocks, tiles in ((1, 1), (2, 224), (18, 5), (128, 32), (192, 64), (256, 224), (4000, 64)):
+        for tokens in (9, 64, 100, 1000):
+            tile, count = tile_for(layout.Kind(4, 128, 2, 0), blocks, tiles, tokens, 227 << 10, processors)
+            each = -(-tiles // count)
+            assert 0 <= tiles - (count - 1) * each - 1 < each
+            grid = -(-blocks // tile.tall) * -(-tokens // (8 * tile.wide))
+            floats, counts = room(processors)
+            assert count == 1 or (grid <= counts and grid * count * tile.sums <= floats)
+    # a matrix of few rows and many columns is not left to a few multiprocessors
+    assert tile_for(layout.Kind(4, 128, 2, 0), 8, 224, 17, 227 << 10, processors)[1] > 4

@@ -7,7 +7,7 @@ import pytest
 from fewbit import FewbitError
 from fewbit.kernels import _nvrtc
 from fewbit.kernels._cuda_layout import Kind
-from fewbit.kernels._cuda_shapes import shape_for
+from fewbit.kernels._cuda_shapes import shape_for, tile_for
 
 ARCHITECTURES = [80, 86, 89, 90, 120]
 # every width, span, scale and shift once
@@ -23,8 +23,8 @@ KINDS = [
 
 @pytest.fixture(autouse=True)
 def _compiler(tmp_path, monkeypatch):
-    if _nvrtc._bindings() is None:
-        pytest.skip("cuda-bindings or NVRTC (the extra fewbit[cuda]) is not there")
+    if reason := _nvrtc.lacking():
+        pytest.skip(reason)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
@@ -35,10 +35,12 @@ def test_sources_compile(arch):
     images = [_nvrtc.compiled("halve.cu", {}, arch), _nvrtc.compiled("read.cu", {}, arch)]
     # all kinds over all architectures would take minutes: each architecture has its own two
     at = ARCHITECTURES.index(arch)
-    for kind, wide, gated in ((KINDS[at], 1 << at % 3, at % 2), (KINDS[at + 1], 1, 0)):
+    for kind, wide, gated in ((KINDS[at], 1 + at % 2, at % 2), (KINDS[at + 1], 1, 0)):
         shape = shape_for(kind, 256, 64, wide, 99 << 10)
         defines = kind.defines() | shape.defines() | {"NT": wide, "GATED": gated}
         images += [_nvrtc.compiled("product.cu", defines, arch)]
+        tile, _ = tile_for(kind, 256, 64, 32 * wide, 99 << 10, 82)
+        images += [_nvrtc.compiled("many.cu", kind.defines() | tile.defines() | {"GATED": gated}, arch)]
     images += [_nvrtc.compiled("expand.cu", KINDS[at].defines(), arch)]
     assert all(image.startswith(b"\x7fELF") for image in images)
 

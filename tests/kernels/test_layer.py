@@ -12,14 +12,14 @@ from torch import Tensor
 
 from fewbit.kernels._cpu_ops import NativeStack
 from fewbit.kernels.cpu import Cpu
-from fewbit.kernels.ops import Batch, Experts, Layer, Stack, no_product
+from fewbit.kernels.ops import INT4, Batch, Experts, Layer, Stack, no_product
 from fewbit.kernels.ops import cached as as_cached
 from fewbit.kernels.reference import backend as reference
 from fewbit.layers import Linear
 
 D, INNER, HEADS, KV, WIDTH = 96, 160, 6, 2, 16
 PAGE, PAGES = 16, 64
-CACHES = [torch.float32, torch.float16, torch.int8]
+CACHES = [torch.float32, torch.float16, torch.int8, INT4]
 ROWS = PAGE * PAGES
 SPECS = ("int4g32", "int8g32a", "gguf:q4_1")
 

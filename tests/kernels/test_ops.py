@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fewbit.kernels._cpu_ops import CpuOps
-from fewbit.kernels.ops import Batch, Ops, cached, cached_width, rotate, uncached
+from fewbit.kernels.ops import INT4, Batch, Ops, cached, cached_width, rotate, spread, uncached
 
 DEFINITION = Ops()
-CACHES = [torch.float32, torch.float16, torch.int8]
+CACHES = [torch.float32, torch.float16, torch.int8, INT4]
 
 
 @pytest.fixture
@@ -122,9 +122,12 @@ def test_keys_and_values_beyond_f16_leave_attention_finite(native, where, dtype)
     still, caches = torch.ones(2, 8), [torch.zeros(shape, dtype=dtype) for _ in range(2)]
     rotated = ops.rotate_append(q, k, v, still, still * 0, torch.arange(2), *caches)
     batch = Batch(torch.arange(2), torch.tensor([[0]]), torch.tensor([2]), torch.tensor([0, 2]), 8)
-    held = torch.full((2, 1, 16), 65504.0)
+    # in 4 bits values are held after they were turned: all of a head's 3e5 lie in one number then
+    held = torch.full((2, 1, 16), 65504.0 / (4 if dtype is INT4 else 1))
+    found = uncached(caches[1][:2], torch.float32)
+    found = spread(found) if dtype is INT4 else found
     # an int8 head's scale has the 8 bits of bfloat16
-    torch.testing.assert_close(uncached(caches[1][:2], torch.float32), held, rtol=0.004 * (dtype is torch.int8), atol=0)
+    torch.testing.assert_close(found, held, rtol=0.004 * (dtype in (torch.int8, INT4)), atol=0)
     torch.testing.assert_close(ops.attend(rotated, *caches, batch, 0.25), held[:, 0], rtol=0.004, atol=0)
 
 
@@ -150,6 +153,54 @@ def test_int8_is_within_half_a_step_of_keys_times_a_hadamard_matrix(native, rand
         assert ((uncached(cache, torch.float64) - x).abs() <= 0.502 * largest / 127).all()
         assert not cache[3].any()
     assert (v_cache[4, :, :-2].abs().amax(-1) >= 126).all()
+
+
+@pytest.mark.parametrize("where", ["native", "definition"])
+@pytest.mark.parametrize("width", [2, 6, 32, 48, 80, 256])
+def test_int4_is_within_half_a_step_of_its_group_and_attends_to_what_it_holds(native, random, where, width):
+    ops = native.ops if where == "native" else DEFINITION
+    k, v = (random(40, 2, width, seed=i).clamp(-1e3, 1e3) for i in range(2))
+    # zeros, one number everywhere, and what float16 can't tell from nothing
+    k[3], v[3], v[4], v[5] = 0, 0, 7.5, v[5] * 1e-9
+    still = torch.ones(40, width // 2)
+    k_cache, v_cache = (torch.zeros(40, 2, cached_width(width, INT4), dtype=INT4) for _ in range(2))
+    q = ops.rotate_append(k, k, v, still, still * 0, torch.arange(40), k_cache, v_cache)
+    torch.testing.assert_close(q, spread(k), rtol=1e-6, atol=1e-6 * float(k.abs().max()))
+    for cache, x in ((k_cache, spread(k)), (v_cache, spread(v))):
+        found = uncached(cache, torch.float32)
+        for held, group in zip(found.split(32, -1), x.split(32, -1), strict=True):
+            step = (group.amax(-1, keepdim=True) - group.amin(-1, keepdim=True)) / 15
+            # scale and least number are halves: 2^-11 of them, 15 times and once
+            rounding = 2e-3 * group.abs().amax(-1, keepdim=True) + 2e-7
+            assert ((held - group).abs() <= 0.501 * step + rounding).all()
+        assert not found[3].any()
+    # by hand: low half first, then the groups' scale and least number
+    numbers = v_cache[0, 0, width // 2 :].clone().view(torch.float16).float().view(-1, 2)
+    codes = [int(b) >> s & 15 for b in v_cache[0, 0, : width // 2] for s in (0, 4)]
+    by_hand = [c * float(numbers[i // 32, 0]) + float(numbers[i // 32, 1]) for i, c in enumerate(codes)]
+    found = uncached(v_cache[0, 0], torch.float64)
+    torch.testing.assert_close(found, torch.tensor(by_hand).double(), rtol=1e-6, atol=1e-6)
+    # one row alone: attention gives it back, turned back
+    batch = Batch(torch.arange(1), torch.tensor([[0]]), torch.tensor([1]), torch.tensor([0, 1]), 8)
+    alone = ops.attend(q[:1].contiguous(), k_cache, v_cache, batch, 0.25).view(2, width)
+    torch.testing.assert_close(alone, spread(uncached(v_cache[0], torch.float32)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["native", "definition"])
+def test_a_number_that_is_nan_makes_its_int4_groups_nan(native, where):
+    ops = native.ops if where == "native" else DEFINITION
+    x = torch.ones(2, 1, 96)
+    # blocks of 32 are turned: the others stay numbers
+    x[1, 0, 40] = float("nan")
+    still, caches = torch.ones(2, 48), [torch.zeros(2, 1, cached_width(96, INT4), dtype=INT4) for _ in range(2)]
+    ops.rotate_append(x, x, x, still, still * 0, torch.arange(2), *caches)
+    for cache in caches:
+        broken = uncached(cache, torch.float32).isnan()
+        assert not broken[0].any()
+        assert broken[1, 0, 32:64].all()
+        if cache is caches[1]:
+            assert not broken[1, 0, :32].any()
+            assert not broken[1, 0, 64:].any()
 
 
 def test_a_number_that_is_nan_makes_its_int8_head_nan(native):
@@ -210,6 +261,9 @@ def test_attention_on_the_paged_cache(each_isa, lengths, fresh, page_size, dtype
     mine = ops.attend(q, k_cache, v_cache, batch, 0.2)
     exact = ATTEND(ops, q.double(), k_cache, v_cache, batch, 0.2)
     size = ATTEND(ops, q.double(), uncached(k_cache, torch.float64), uncached(v_cache, torch.float64).abs(), batch, 0.2)
+    if dtype is INT4:
+        # what is turned back is a sum over its head
+        size = size.unflatten(-1, (heads, width)).norm(dim=-1, keepdim=True).expand(-1, -1, width).flatten(1)
     # the scores' own rounding, a few 1e-7 of their magnitude (a few units), becomes a relative error of the weights
     assert ((mine.double() - exact).abs() <= 1e-5 * size).all()
     for threads in (1, 3):

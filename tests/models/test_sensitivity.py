@@ -54,15 +54,18 @@ def by_autograd(folder: Path, windows: Tensor) -> Sensitivity:
         return lambda _, __, output: outputs.__setitem__(name, output)
 
     for name, module in model.named_modules():
-        if name.endswith("_proj") or name.rpartition(".")[0].endswith("layers"):
+        if name.endswith(("_proj", "embed_tokens")) or name.rpartition(".")[0].endswith("layers"):
             module.register_forward_hook(keep(name))
     tokens = torch.zeros(blocks, len(STACKS), length)
     channels = torch.zeros(blocks, model.config.hidden_size)
+    entrances = torch.zeros(length, model.config.hidden_size)
+    averaged = torch.empty_like(entrances)
     for number, window in enumerate(windows):
         logits = model(window[None]).logits[0]
         loss = F.cross_entropy(logits, drawn(logits.detach(), number), reduction="sum")
         names = sorted(outputs)
         found = dict(zip(names, torch.autograd.grad(loss, [outputs[n] for n in names]), strict=True))
+        entrances += found["model.embed_tokens"].reshape(length, -1).square()
         for i in range(blocks):
             channels[i] += found[f"model.layers.{i}"].reshape(length, -1).square().sum(0)
             for j, stack in enumerate(STACKS):
@@ -73,7 +76,16 @@ def by_autograd(folder: Path, windows: Tensor) -> Sensitivity:
     for t in range(length):
         same = [u for u in range(length) if u.bit_length() == t.bit_length()]
         positions[:, :, t] = tokens[:, :, same].mean(-1)
-    return Sensitivity(list(positions / positions.mean(-1, keepdim=True)), channels / channels.mean(-1, keepdim=True))
+    entrance = entrances / len(windows)
+    for t in range(length):
+        same = [u for u in range(length) if u.bit_length() == t.bit_length()]
+        averaged[t] = entrance[same].mean(0)
+    return Sensitivity(
+        list(positions / positions.mean(-1, keepdim=True)),
+        channels / channels.mean(-1, keepdim=True),
+        list(positions.mean(-1) / len(windows)),
+        averaged,
+    )
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
@@ -85,6 +97,8 @@ def test_gradients_equal_transformers(tmp_path: Path, changes: dict[str, Any], m
     # blocks' inputs are kept in 16 bits until the way back
     torch.testing.assert_close(torch.stack(found.positions), torch.stack(expected.positions), rtol=0.02, atol=1e-4)
     torch.testing.assert_close(found.channels, expected.channels, rtol=0.02, atol=1e-4)
+    torch.testing.assert_close(torch.stack(found.scales), torch.stack(expected.scales), rtol=0.02, atol=0)
+    torch.testing.assert_close(found.entrance, expected.entrance, rtol=0.05, atol=1e-6)
     assert torch.stack(expected.positions).std() > 0.2
     # the scratch file is gone
     assert [p.name for p in tmp_path.iterdir()] == ["m"]

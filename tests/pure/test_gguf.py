@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from fewbit import formats
 from fewbit.checkpoint import gguf, open_checkpoint
+from fewbit.checkpoint._gguf_file import EAGER_LENGTH, LazyArray
 from fewbit.errors import FewbitError
 
 RNG = np.random.default_rng(11)
@@ -29,7 +30,7 @@ WEIGHTS = {
     "q8_0": RNG.standard_normal((6, 32)).astype(np.float32),
     "bf16": RNG.standard_normal((7, 4)).astype(np.float32),
 }
-LONG = [f"token{i}é" for i in range(gguf.EAGER_LENGTH + 5)]
+LONG = [f"token{i}é" for i in range(EAGER_LENGTH + 5)]
 
 
 def write_sample(path: Path, alignment: int | None = None) -> Path:
@@ -44,7 +45,7 @@ def write_sample(path: Path, alignment: int | None = None) -> Path:
     writer.add_array("a.short", [1, 2, 3])
     writer.add_array("a.flags", [True, False])
     writer.add_array("a.long", LONG)
-    writer.add_array("a.numbers", list(range(gguf.EAGER_LENGTH + 1)))
+    writer.add_array("a.numbers", list(range(EAGER_LENGTH + 1)))
     for name, w in WEIGHTS.items():
         if name in ("q4_0", "q4_1", "q8_0", "bf16"):
             kind = GGMLQuantizationType[name.upper()]
@@ -76,9 +77,9 @@ def test_metadata_comes_back(sample: Path) -> None:
 def test_long_arrays_are_decoded_when_asked_for(sample: Path) -> None:
     config = gguf.open(sample).config
     long, numbers = config["a.long"], config["a.numbers"]
-    assert isinstance(long, gguf.LazyArray)
+    assert isinstance(long, LazyArray)
     assert (len(long), long[3], long[-1], list(long), long[1:3]) == (len(LONG), LONG[3], LONG[-1], LONG, LONG[1:3])
-    assert list(numbers) == list(range(gguf.EAGER_LENGTH + 1))
+    assert list(numbers) == list(range(EAGER_LENGTH + 1))
     assert str(len(LONG)) in repr(long)
 
 
@@ -238,7 +239,8 @@ HOSTILE = {
     "crooked offset": (build(tensors=[tensor("t", (8,), offset=4)]), "lies at 4, not a multiple of 32"),
     "ragged blocks": (build(tensors=[tensor("t", (40, 2), kind=2)]), "multiple of 32 columns, not 40"),
     "unreadable past the end": (build(tensors=[tensor("t", (256,), kind=14, offset=4096)]), "ends at"),
-    "split": (build([pair("split.count", 2, struct.pack("<H", 3))]), "split.count = 3"),
+    "split": (build([pair("split.count", 2, struct.pack("<H", 3))]), "one of 3 parts"),
+    "split into text": (build([pair("split.count", 8, text("3"))]), "split.count = 3"),
 }
 
 
@@ -289,7 +291,7 @@ def use_everything(path: Path) -> None:
     try:
         checkpoint = gguf.open(path)
         for value in checkpoint.config.values():
-            if isinstance(value, gguf.LazyArray):
+            if isinstance(value, LazyArray):
                 list(value)
         for name in checkpoint.names():
             q = checkpoint.read(name)

@@ -1,8 +1,17 @@
-"""The tokenizer in a GGUF file against the tokenizer.json it was made from: the same ids on a text made to be nasty."""
+"""The tokenizer in a GGUF file against the tokenizer.json it was made from, and against llama.cpp, on a nasty text.
+
+data/llama_cpp_ids.txt holds what llama.cpp (as in llama-cpp-python 0.3.36) made of data/hostile.txt with the
+vocabularies of data/gguf_tokenizers.json: one whose merges cross every border between words, under each name of a
+pre-tokenizer, and cut-down ones of the other kinds. Lines say which text: whole, in NFC where a model's tokenizer.json
+asks for it and llama.cpp does not, or its ASCII alone where llama.cpp departs from the model's own expression beyond.
+"""
 
 from __future__ import annotations
 
+import base64
 import json
+import struct
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +23,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from fewbit.checkpoint import gguf
-from fewbit.checkpoint._gguf_tokenizer import PRE_TOKENIZERS, convert
+from fewbit.checkpoint._gguf_tokenizer import convert
+from fewbit.checkpoint._gguf_words import PRE_TOKENIZERS
 from fewbit.errors import FewbitError
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -111,6 +121,88 @@ def test_a_hostile_text_gets_the_ids_of_the_original(pre: str) -> None:
         assert CONVERTED[pre].decode(got, skip_special_tokens=False) == HOSTILE
 
 
+DATA = Path(__file__).parent / "data"
+KINDS: dict[str, dict[str, Any]] = json.loads((DATA / "gguf_tokenizers.json").read_text())
+NASTY = (DATA / "hostile.txt").read_bytes().decode()
+TEXTS = {"whole": NASTY, "NFC": unicodedata.normalize("NFC", NASTY), "ASCII": NASTY.encode("ascii", "ignore").decode()}
+# (which text, the name of a pre-tokenizer or =kind, ids)
+ENGINE = [
+    (line[0], name, [int(i) for i in line[2].split()])
+    for line in (row.split("\t") for row in (DATA / "llama_cpp_ids.txt").read_text().splitlines())
+    for name in line[1].split()
+]
+# llama.cpp splits by a rule of its own here, on plain text as well
+OWN_RULE = {"kimi-k2", "tiny_aya", "cohere2moe"}
+
+
+@pytest.mark.parametrize(("which", "name", "expected"), ENGINE, ids=[name for _, name, _ in ENGINE])
+def test_llama_cpp_gives_the_same_ids(which: str, name: str, expected: list[int]) -> None:
+    kind = name.removeprefix("=")
+    data = KINDS[kind] if name != kind else {**KINDS["gpt2"], "tokenizer.ggml.pre": name}
+    made = Tokenizer.from_str(convert(data, "t.gguf").json)
+    assert ids(made, TEXTS[which]) == expected
+    # NFC is the tokenizer's own step
+    assert ids(made, NASTY if which == "NFC" else TEXTS[which]) == expected
+
+
+def test_every_name_was_compared_with_llama_cpp() -> None:
+    assert {name for _, name, _ in ENGINE} | OWN_RULE == {*PRE_TOKENIZERS, "=llama", "=t5", "=gemma4"}
+
+
+def test_pieces_come_back_as_text() -> None:
+    for kind in ("llama", "t5", "gemma4"):
+        made = Tokenizer.from_str(convert(KINDS[kind], "t.gguf").json)
+        text = "Tabs and 345 words it"
+        assert made.decode(ids(made, text)) == text
+    llama, gemma = (Tokenizer.from_str(convert(KINDS[kind], "t.gguf").json) for kind in ("llama", "gemma4"))
+    # only what was put there is taken away; bytes stand for what no piece has
+    for made in (llama, gemma):
+        for text in ("  two", "two  ", "a\tb\n\n\u0a15\U0001f600"):
+            assert made.decode(ids(made, text)) == text
+    assert llama.decode(ids(llama, "x"), skip_special_tokens=False) == "x"
+    assert [llama.id_to_token(i) for i in ids(llama, "\U0001f984")] == [
+        "\u2581",
+        *("<0xF0>", "<0x9F>", "<0xA6>", "<0x84>"),
+    ]
+
+
+def test_a_file_without_the_space_before_the_text_says_so() -> None:
+    data = {**KINDS["llama"], "tokenizer.ggml.add_space_prefix": False}
+    made = Tokenizer.from_str(convert(data, "t.gguf").json)
+    assert made.id_to_token(ids(made, "the")[0]) == "the"
+    assert made.decode(ids(made, " the")) == " the"
+
+
+def test_text_never_becomes_a_control_token_that_is_not_written_out() -> None:
+    """A control token with the sign for a space is not in the text, but could be made of its pieces."""
+    space = {"tokens": ["<unk>", "\u2581", "a", "\u2581a"], "scores": [0.0, -2.0, -2.0, -1.0]}
+    for kind, expected in ((3, [1, 2]), (1, [3])):
+        data = {"model": "llama", **space, "token_type": [2, 1, 1, kind]}
+        made = Tokenizer.from_str(convert({f"tokenizer.ggml.{k}": v for k, v in data.items()}, "t.gguf").json)
+        assert ids(made, "a") == expected
+
+
+def test_bytes_are_spelled_only_where_there_are_tokens_for_them() -> None:
+    data = {**KINDS["llama"], "tokenizer.ggml.token_type": [1 if t == 6 else t for t in _types("llama")]}
+    made = Tokenizer.from_str(convert(data, "t.gguf").json)
+    assert made.id_to_token(ids(made, "\U0001f984")[-1]) == "<unk>"
+
+
+def _types(kind: str) -> list[int]:
+    found: list[int] = KINDS[kind]["tokenizer.ggml.token_type"]
+    return found
+
+
+def test_special_tokens_of_phi_3_take_the_spaces_behind_them() -> None:
+    for name, rest in (("Phi-3 mini", ["x"]), ("Other", ["\u2581", "\u2581", "\u2581", "x"])):
+        tokens, types = [*KINDS["llama"]["tokenizer.ggml.tokens"], "<|user|>"], [*_types("llama"), 3]
+        scores = [*KINDS["llama"]["tokenizer.ggml.scores"], 0.0]
+        changed = {"tokens": tokens, "token_type": types, "scores": scores, "add_space_prefix": False}
+        data = {**KINDS["llama"], **{f"tokenizer.ggml.{k}": v for k, v in changed.items()}, "general.name": name}
+        made = Tokenizer.from_str(convert(data, "t.gguf").json)
+        assert "".join(made.id_to_token(i) for i in ids(made, "<|user|>   x")) == "".join(["<|user|>", *rest])
+
+
 @settings(deadline=None, max_examples=60)
 @given(text=st.text(max_size=60), pre=st.sampled_from(sorted(ORIGINALS)))
 def test_any_text_gets_the_ids_of_the_original(text: str, pre: str) -> None:
@@ -142,7 +234,7 @@ def test_every_name_in_the_table_gives_a_tokenizer_that_loads(pre: str) -> None:
     data = convert({**WRITTEN["gpt-2"], "tokenizer.ggml.pre": pre}, "t.gguf")
     made = Tokenizer.from_str(data.json)
     assert made.decode(ids(made, "a b 1é\n")) == "a b 1é\n"
-    assert data.add_bos is (pre in ("llama-bpe", "llama3", "llama-v3"))
+    assert data.add_bos is PRE_TOKENIZERS[pre].add_bos
 
 
 def test_a_file_gives_the_same_as_its_metadata(tmp_path: Path) -> None:
@@ -170,10 +262,20 @@ def test_a_file_gives_the_same_as_its_metadata(tmp_path: Path) -> None:
 
 def test_ends_are_given_once_and_missing_ids_are_none() -> None:
     data = convert({**WRITTEN["gpt-2"], "tokenizer.ggml.eot_token_id": 2}, "t.gguf")
-    assert data.eos_token_ids == (2,)
+    assert data.eos_token_ids == (2, 0)
     bare = {k: v for k, v in WRITTEN["gpt-2"].items() if not k.endswith(("_id", "chat_template"))}
     got = convert(bare, "t.gguf")
-    assert (got.bos_token_id, got.eos_token_ids, got.chat_template, got.add_bos) == (None, (), None, False)
+    assert (got.bos_token_id, got.chat_template, got.add_bos) == (None, None, False)
+
+
+def test_control_tokens_known_to_end_an_answer_do_so_whatever_the_metadata_says() -> None:
+    made = convert(WRITTEN["gpt-2"], "t.gguf")
+    assert made.eos_token_ids == (2, 0)
+    named = {**WRITTEN["gpt-2"], "tokenizer.ggml.eos_token_id": 7, "tokenizer.ggml.eom_token_id": 8}
+    assert convert(named, "t.gguf").eos_token_ids == (7, 8, 2, 0)
+    # text that only looks like it does not
+    plain = {**WRITTEN["gpt-2"], "tokenizer.ggml.token_type": [1] * len(WRITTEN["gpt-2"]["tokenizer.ggml.tokens"])}
+    assert convert(plain, "t.gguf").eos_token_ids == (2,)
 
 
 def test_a_word_that_is_a_token_skips_the_merges_where_the_model_does_so() -> None:
@@ -197,14 +299,43 @@ def test_empty_tokens_keep_their_places() -> None:
     assert all(added["content"] for added in json.loads(document)["added_tokens"])
 
 
+def charsmap() -> bytes:
+    """A trie that turns A into xy, as SentencePiece lays one out: the root's children lie at 0 ^ 256 ^ label."""
+    trie = [0] * 1024
+    trie[0] = 256 << 10
+    # the child for A; its value lies at its own place ^ 512, reached by the label 0
+    child = 256 ^ ord("A")
+    trie[child] = 512 << 10 | ord("A") | 1 << 8
+    trie[child ^ 512] = 1 << 31 | 0
+    return struct.pack("<I1024I", 4096, *trie) + b"xy\0"
+
+
 TOKENS = ["a", "b", "ab"]
+SCORES = [0.0, -1.0, -2.0]
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no tokenizer": ({"model": None}, "no tokenizer.ggml.model"),
-    "sentencepiece": ({"model": "llama"}, "SentencePiece"),
+    "no scores": ({"model": "llama"}, "scores does not give a number for each of 3"),
+    "few scores": ({"model": "llama", "scores": [1.0]}, "scores does not give a number for each of 3"),
+    "scores of text": ({"model": "t5", "scores": ["a", "b", "c"]}, "scores does not give a number"),
+    "scores of nothing": ({"model": "t5", "scores": [0.0, float("nan"), 0.0]}, "scores holds NaN"),
+    "flag of another type": ({"model": "llama", "scores": SCORES, "add_space_prefix": 3}, "add_space_prefix is 3"),
+    "unknown beyond": ({"model": "t5", "scores": SCORES, "unknown_token_id": 9}, "unknown_token_id is 9"),
+    "a very long token": ({"model": "llama", "scores": SCORES, "tokens": ["a", "b", "a" * 1025]}, "1025 characters"),
+    "charsmap of text": ({"model": "t5", "scores": SCORES, "precompiled_charsmap": "abcd"}, "not an array of bytes"),
+    "charsmap of numbers": ({"model": "t5", "scores": SCORES, "precompiled_charsmap": [999]}, "not an array of bytes"),
+    "charsmap cut": ({"model": "t5", "scores": SCORES, "precompiled_charsmap": [8, 0, 0, 0, 1]}, "a trie of 8 in 5"),
+    "charsmap of a wild trie": (
+        {"model": "t5", "scores": SCORES, "precompiled_charsmap": list(struct.pack("<II", 4, 9 << 10) + b"a\0")},
+        "leads out of itself at node 0",
+    ),
+    "charsmap of a wild value": (
+        {"model": "t5", "scores": SCORES, "precompiled_charsmap": list(charsmap()[:-3])},
+        f"leads out of itself at node {256 ^ ord('A')}",
+    ),
     "other kind": ({"model": "rwkv"}, "'rwkv'"),
     "no pre": ({"pre": None}, "names no pre-tokenizer"),
-    "unknown pre": ({"pre": "qwen3"}, "smollm, starcoder"),
-    "pre of another type": ({"pre": ["gpt-2"]}, "smollm, starcoder"),
+    "unknown pre": ({"pre": "qwen3"}, "smollm, solar-open"),
+    "pre of another type": ({"pre": ["gpt-2"]}, "smollm, solar-open"),
     "no tokens": ({"tokens": None}, "tokens is not an array of strings"),
     "empty tokens": ({"tokens": []}, "tokens is not an array of strings"),
     "numbers for tokens": ({"tokens": [1, 2, 3]}, "tokens is not an array of strings"),
@@ -232,3 +363,26 @@ def test_what_is_wrong_with_a_tokenizer_is_said(case: str) -> None:
         convert(data, "some.gguf")
     assert words in caught.value.facts
     assert "some.gguf" in caught.value.what
+
+
+def test_a_charsmap_is_handed_on_whole() -> None:
+    data = {**KINDS["t5"], "tokenizer.ggml.precompiled_charsmap": [b - 256 if b > 127 else b for b in charsmap()]}
+    document = json.loads(convert(data, "t.gguf").json)
+    step = document["normalizer"]["normalizers"][0]
+    assert base64.b64decode(step["precompiled_charsmap"]) == charsmap()
+    made = Tokenizer.from_str(json.dumps(document))
+    assert made.normalizer.normalize_str("bAb  c") == "bxyb c"
+
+
+@settings(deadline=None, max_examples=200)
+@given(edits=st.lists(st.tuples(st.integers(0, 4103), st.integers(0, 255)), max_size=12), text=st.text(max_size=12))
+def test_a_charsmap_that_is_taken_can_be_used(edits: list[tuple[int, int]], text: str) -> None:
+    """The library panics on one that leads nowhere, and a panic is no exception one can catch by name."""
+    data = bytearray(charsmap())
+    for at, value in edits:
+        data[at % len(data)] = value
+    try:
+        found = convert({**KINDS["t5"], "tokenizer.ggml.precompiled_charsmap": list(data)}, "t.gguf")
+    except FewbitError:
+        return
+    Tokenizer.from_str(found.json).encode(text + "A")

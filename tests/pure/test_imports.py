@@ -24,7 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lookup": {"errors"},
     "qtensor": {"errors"},
     "config_values": {"errors"},
-    "store": {"errors", "lookup"},
+    "gguf_parts": set(),
+    "store": {"errors", "lookup", "gguf_parts"},
     "formats": LOW,
     "methods": LOW | {"formats"},
     "kernels": LOW | {"formats", "store", "kept"},
@@ -32,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": LOW | {"config_values", "formats", "kernels", "prepared"},
     "rotary": {"errors", "config_values"},
     "models": LOW | {"config_values", "formats", "kernels", "layers", "rotary"},
-    "checkpoint": LOW | {"config_values", "formats"},
+    "checkpoint": LOW | {"config_values", "formats", "gguf_parts"},
     "tokenizer": {"errors", "checkpoint"},
     "scoring": {"tokenizer"},
     "quality": {"scoring"},
@@ -58,20 +59,28 @@ MAY_IMPORT["walk"] |= {"preflight", "passes", "memory", "fetching"}
 MAY_IMPORT["companions"] = {"checkpoint", "source", "tokenizer"}
 MAY_IMPORT["runtime"] |= {"prepared", "random_models", "fetching"}
 MAY_IMPORT["self_calibration"] = MAY_IMPORT["runtime"] | {"runtime", "calibration"}
+MAY_IMPORT["recipes"] = {"errors", "lookup", "models"}
 MAY_IMPORT["quantizer"] = MAY_IMPORT["walk"] | {"walk", "models", "tokenizer", "store", "calibration"}
 MAY_IMPORT["quantizer"] |= {"self_calibration", "companions"}
 MAY_IMPORT["on_demand"] = {"errors", "checkpoint", "source", "store", "quantizer"}
-MAY_IMPORT["engines"] = {"errors"}
-MAY_IMPORT["verification"] = MAY_IMPORT["runtime"] | {"runtime", "engines"}
-MAY_IMPORT["exports"] = MAY_IMPORT["walk"] | {
-    "walk",
-    "companions",
-    "models",
+MAY_IMPORT["quantizer"] |= {"recipes"}
+MAY_IMPORT["allocation"] = {"errors"}
+MAY_IMPORT["rates"] = MAY_IMPORT["sensitivity"] | MAY_IMPORT["walk"] | {"sensitivity", "walk", "allocation"}
+MAY_IMPORT["curve"] = {"allocation", "rates"}
+MAY_IMPORT["judge"] = {"blocks", "passes", "sensitivity", "source"}
+MAY_IMPORT["fitting"] = MAY_IMPORT["rates"] | {
+    "rates",
+    "curve",
+    "judge",
+    "quantizer",
+    "calibration",
     "tokenizer",
     "store",
-    "quantizer",
-    "rotary",
 }
+MAY_IMPORT["engines"] = {"errors"}
+MAY_IMPORT["exports"] = MAY_IMPORT["walk"] | {"walk", "companions", "models", "tokenizer", "store", "quantizer"}
+MAY_IMPORT["exports"] |= {"rotary"}
+MAY_IMPORT["verification"] = MAY_IMPORT["runtime"] | {"runtime", "engines", "exports", "methods"}
 MAY_IMPORT["model_card"] = {"exports", "verification"}
 MAY_IMPORT["evaluator"] = MAY_IMPORT["runtime"] | {"runtime", "calibration", "scoring", "reference_cache", "quality"}
 MAY_IMPORT["tasks"] = MAY_IMPORT["runtime"] | {"runtime"}

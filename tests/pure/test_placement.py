@@ -12,6 +12,7 @@ import fewbit
 from fewbit import FewbitError
 from fewbit.cli import main
 from fewbit.formats import parse
+from fewbit.kernels import _nvrtc, triton
 from fewbit.random_models import random_model
 from fewbit.runtime import placement
 from fewbit.runtime.graphs import bucket
@@ -36,8 +37,8 @@ def have(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(placement, "_automatic", AUTOMATIC)
         monkeypatch.setattr(placement, "cards", lambda: list(cards))
         monkeypatch.setattr(placement, "_sees_cards", lambda: bool(cards))
-        monkeypatch.setattr(placement, "missing", lambda: missing)
-        monkeypatch.setattr(placement.triton, "missing", lambda: without)
+        monkeypatch.setattr(_nvrtc, "missing", lambda: missing)
+        monkeypatch.setattr(triton, "missing", lambda: without)
 
     return pretend
 
@@ -59,7 +60,13 @@ def test_a_plan_counts_what_is_stored_and_cached(source: Any) -> None:
     exact = plan(source, 4096, True, torch.float32)
     assert exact.weights == 4 * (linears + ends + 161 * 8192)
     assert exact.cache == 2 * found.cache
-    assert plan(source, 4096, False, torch.int8).cache == found.cache * 130 // 256
+    # a card's heads in 8 bits begin at multiples of 8 bytes
+    assert plan(source, 4096, False, torch.int8).cache == found.cache * 136 // 256
+    assert plan(source, 4096, False, torch.int8, on_card=False).cache == found.cache * 130 // 256
+    int4 = plan(source, 4096, False, torch.uint8)
+    assert int4.cache == found.cache * (64 + 4 * 4) // 256
+    # a layer's keys and values are read back for a prompt
+    assert int4.workspace == found.workspace + 2 * 4096 * 1024 * 2
     # prompts run in smaller pieces on a CPU
     assert plan(source, 4096, False, HALF, on_card=False).workspace < found.workspace
     assert str(found).startswith("It takes 3")
@@ -127,10 +134,8 @@ def test_auto_takes_a_card_that_has_room_and_says_why_not(source: Any, have: Any
     assert "compute capability 7.5; the kernels need 8.0" in str(place("auto", source, 4096).note)
     have(card(), missing="cuda-bindings can't be imported")
     assert "cuda-bindings can't be imported" in str(place("auto", source, 4096).note)
-    have(card())
-    assert "8 bits on the CPU only" in str(place("auto", source, 4096, cached=torch.int8).note)
     with pytest.raises(FewbitError, match="cuda:0 can't be used"):
-        place("cuda", source, 4096, cached=torch.int8)
+        place("cuda", source, 4096)
     have()
     assert place("cpu", source, 4096).note is None
 
@@ -286,3 +291,6 @@ def test_bench_runs_random_weights_and_says_so(
     for argv in (["bench"], ["bench", "model", "--random", "smollm2-135m"]):
         assert main(argv) == 2
         assert "One model is needed." in capsys.readouterr().err
+    for option in ("--format", "--head"):
+        assert main(["bench", "model", option, "int8"]) == 2
+        assert f"{option} is for --random." in capsys.readouterr().err

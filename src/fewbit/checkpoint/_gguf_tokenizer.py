@@ -1,83 +1,31 @@
 """The tokenizer inside a GGUF file, rewritten as the tokenizer.json it came from.
 
-GGUF keeps the vocabulary, the merges and the type of each token, and only names the pre-tokenizer. The table below
-says what each name stands for: the expressions llama.cpp uses for it (`src/llama-vocab.cpp`), in the form the
-original tokenizer.json has where that is known (Digits, ByteLevel, NFC), so both give the same ids.
+GGUF keeps the vocabulary, the type of each token and, by the kind of tokenizer, merges or scores; of a byte-level BPE
+it only names the pre-tokenizer (`_gguf_words` has what the names stand for). `_gguf_sentencepiece` has the other kinds.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from fewbit.checkpoint import TokenizerData
+from fewbit.checkpoint._gguf_sentencepiece import SPACE, Document, bpe, by_score, decoder, unigram
+from fewbit.checkpoint._gguf_vocabulary import ADDED, CONTROL, USER_DEFINED, Vocabulary, contradiction, strings
+from fewbit.checkpoint._gguf_words import PRE_TOKENIZERS, Pre
 from fewbit.errors import FewbitError
 from fewbit.lookup import nearest
 
-# tokenizer.ggml.token_type
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
-
-_CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LLAMA3 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-
-_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-_Step = dict[str, Any]
-
-
-def _split(pattern: str) -> _Step:
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
-def _byte_level(regex: bool) -> _Step:
-    """Bytes as printable characters; with `regex`, after a split by GPT-2's expression."""
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex}
-
-
-_DIGITS: Final[_Step] = {"type": "Digits", "individual_digits": True}
-
-
-@dataclass(frozen=True)
-class _Pre:
-    """What one name of `tokenizer.ggml.pre` stands for.
-
-    whole_words  a word that is a token as a whole skips the merges (`ignore_merges`)
-    add_bos      the default where the metadata has no `add_bos_token`
-    """
-
-    steps: tuple[_Step, ...]
-    nfc: bool = False
-    whole_words: bool = False
-    add_bos: bool = False
-
-
-_GPT2 = _Pre((_byte_level(True),))
-_DIGITS_GPT2 = _Pre((_DIGITS, _byte_level(True)))
-_LLAMA3_PRE = _Pre((_split(_LLAMA3), _byte_level(False)), whole_words=True, add_bos=True)
-_QWEN2_STEPS = (_split(_QWEN2), _byte_level(False))
-# ByteLevel comes last: some of its characters for bytes are numerals (¼ ½ ¾ ¹ ² ³) to the expressions before it
-_DEFAULT = _Pre(
-    (
-        _split(r"[\p{P}\$\+<=>\^~\|]+"),
-        _split(_GPT2_WORDS),
-        _split(r"\p{N}+"),
-        _split("[0-9][0-9][0-9]"),
-        _byte_level(False),
-    )
+# control tokens that end an answer whatever the metadata says: files name one, and some name the end of a text where
+# the chat template uses another (the names of llama.cpp, `src/llama-vocab.cpp`)
+ENDS: Final = (
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "</s>"),
+    *("<|eom_id|>", "<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>"),
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )
-
-PRE_TOKENIZERS: Final[dict[str, _Pre]] = {
-    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), _DIGITS_GPT2),
-    "command-r": _Pre(_DIGITS_GPT2.steps, nfc=True),
-    **dict.fromkeys(("gpt-2", "phi-2"), _GPT2),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LLAMA3_PRE),
-    "qwen2": _Pre(_QWEN2_STEPS, nfc=True),
-    "deepseek-r1-qwen": _Pre(_QWEN2_STEPS),
-    "default": _DEFAULT,
-}
+# tokens of Phi-3 that leave the spaces behind them, unlike its others
+PHI3_KEEPING: Final = ("<unk>", "<s>", "<|endoftext|>")
+KINDS: Final = "'gpt2' (byte-level BPE), 'gemma4', 'llama' (SentencePiece by score), 't5' (SentencePiece unigram)"
 
 
 def convert(metadata: dict[str, Any], name: str) -> TokenizerData:
@@ -85,46 +33,41 @@ def convert(metadata: dict[str, Any], name: str) -> TokenizerData:
 
     Raises FewbitError where there is none, it is of a kind fewbit does not read, or it contradicts itself.
     """
-    model = metadata.get("tokenizer.ggml.model")
-    if model is None:
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind is None:
         raise FewbitError(
             f"{name} holds no tokenizer.",
             "Its metadata has no tokenizer.ggml.model.",
             "Use a file that was converted with its vocabulary.",
         )
-    if model != "gpt2":
+    # where the metadata has no `add_bos_token`
+    add_bos = kind in ("llama", "gemma4")
+    if kind == "gpt2":
+        pre = _pre_tokenizer(metadata.get("tokenizer.ggml.pre"), name)
+        vocabulary = Vocabulary.read(metadata, name)
+        document, add_bos = _byte_level(vocabulary, pre), pre.add_bos
+    elif kind in ("llama", "t5", "gemma4"):
+        vocabulary = Vocabulary.read(metadata, name)
+        document = {"llama": by_score, "t5": unigram, "gemma4": _gemma4}[kind](vocabulary)
+    else:
         raise FewbitError(
             f"fewbit does not read the tokenizer of {name}.",
-            f"It is of the kind {str(model)[:40]!r} (SentencePiece is 'llama'); readable: 'gpt2', byte-level BPE.",
+            f"It is of the kind {str(kind)[:40]!r}; readable: {KINDS}.",
             "Use the model's folder with its tokenizer.json instead.",
         )
-    pre = _pre_tokenizer(metadata.get("tokenizer.ggml.pre"), name)
-    tokens = _strings(metadata, "tokens", name)
-    vocabulary = _vocabulary(tokens, name)
-    document = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _added_tokens(metadata, tokens, name),
-        "normalizer": {"type": "NFC"} if pre.nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(pre.steps)},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": _bpe(vocabulary, _merges(metadata, vocabulary, name), pre.whole_words),
-    }
-    size = len(tokens)
-    ends = [_token_id(metadata, key, size, name) for key in ("eos_token_id", "eot_token_id")]
+    frame = {"version": "1.0", "truncation": None, "padding": None, "post_processor": None}
+    document = {**frame, "added_tokens": _added_tokens(vocabulary), **document}
     template = metadata.get("tokenizer.chat_template")
     return TokenizerData(
         json=json.dumps(document, ensure_ascii=False, separators=(",", ":")),
         chat_template=template if isinstance(template, str) else None,
-        bos_token_id=_token_id(metadata, "bos_token_id", size, name),
-        eos_token_ids=tuple(dict.fromkeys(e for e in ends if e is not None)),
-        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", pre.add_bos)),
+        bos_token_id=vocabulary.id("bos_token_id"),
+        eos_token_ids=_ends(vocabulary),
+        add_bos=vocabulary.flag("add_bos_token", add_bos),
     )
 
 
-def _pre_tokenizer(pre: Any, name: str) -> _Pre:
+def _pre_tokenizer(pre: Any, name: str) -> Pre:
     known = sorted(PRE_TOKENIZERS)
     found = PRE_TOKENIZERS.get(pre) if isinstance(pre, str) else None
     if found is None:
@@ -137,78 +80,61 @@ def _pre_tokenizer(pre: Any, name: str) -> _Pre:
     return found
 
 
-def _strings(metadata: dict[str, Any], key: str, name: str) -> Sequence[str]:
-    items = metadata.get(f"tokenizer.ggml.{key}")
-    if isinstance(items, str) or not isinstance(items, Sequence) or not items or not isinstance(items[0], str):
-        _contradiction(name, f"tokenizer.ggml.{key} is not an array of strings")
-    return items
+def _byte_level(vocabulary: Vocabulary, pre: Pre) -> Document:
+    """`gpt2`: words of bytes, written as printable characters, in pieces that merge by rank."""
+    return {
+        "normalizer": {"type": "NFC"} if pre.nfc else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(pre.steps)},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": bpe(vocabulary, _merges(vocabulary), pre.whole_words),
+    }
 
 
-def _vocabulary(tokens: Sequence[str], name: str) -> dict[str, int]:
-    """Token -> id. Empty tokens get a name of their own, as in llama.cpp: they only keep their place."""
-    vocabulary = {token or f"[EMPTY_{i}]": i for i, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
-        first = next(i for i, token in enumerate(tokens) if vocabulary.get(token, i) != i)
-        _contradiction(name, f"the token {tokens[first][:40]!r} has the ids {first} and {vocabulary[tokens[first]]}")
-    return vocabulary
+def _gemma4(vocabulary: Vocabulary) -> Document:
+    """`gemma4`: ranked merges of characters as they are, spaces written as in SentencePiece; lines are words."""
+    lines = {"type": "Split", "pattern": {"Regex": r"[^\n]+|\n+"}, "behavior": "Isolated", "invert": False}
+    return {
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        "pre_tokenizer": lines,
+        "decoder": decoder(prefix=False),
+        "model": bpe(vocabulary, _merges(vocabulary), byte_fallback=True),
+    }
 
 
-def _merges(metadata: dict[str, Any], vocabulary: dict[str, int], name: str) -> list[tuple[str, str]]:
-    merges = []
-    for rank, text in enumerate(_strings(metadata, "merges", name)):
-        # no token of byte-level BPE holds a space
-        left, _, right = text.partition(" ")
-        if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
-            _contradiction(name, f"merge {rank} ({text[:40]!r}) is not of two tokens that make a token")
+def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    merges, ids = [], vocabulary.ids
+    for rank, text in enumerate(strings(vocabulary.metadata, "merges", vocabulary.name)):
+        # the space between the two is behind the first character, as a token may begin with one
+        cut = text.find(" ", 1)
+        left, right = (text[:cut], text[cut + 1 :]) if cut > 0 else (text, "")
+        if left not in ids or right not in ids or left + right not in ids:
+            contradiction(vocabulary.name, f"merge {rank} ({text[:40]!r}) is not of two tokens that make a token")
         merges.append((left, right))
     return merges
 
 
-def _added_tokens(metadata: dict[str, Any], tokens: Sequence[str], name: str) -> list[dict[str, Any]]:
+def _added_tokens(vocabulary: Vocabulary) -> list[Document]:
     """Tokens found in the text before it is split: control tokens are special, user-defined ones are not."""
-    types = metadata.get("tokenizer.ggml.token_type", [])
-    if isinstance(types, str) or not isinstance(types, Sequence) or len(types) not in (0, len(tokens)):
-        _contradiction(name, f"tokenizer.ggml.token_type does not give one type for each of {len(tokens)} tokens")
+    title = vocabulary.metadata.get("general.name")
+    phi3 = isinstance(title, str) and any(name in title.lower() for name in ("phi-3", "phi3"))
     return [
         {
             "id": i,
-            "content": tokens[i],
+            "content": vocabulary.tokens[i],
             "single_word": False,
             "lstrip": False,
-            "rstrip": False,
+            "rstrip": phi3 and vocabulary.tokens[i] not in PHI3_KEEPING,
             "normalized": False,
             "special": kind != USER_DEFINED,
         }
-        for i, kind in enumerate(types)
-        if kind in (UNKNOWN, CONTROL, USER_DEFINED) and tokens[i]
+        for i, kind in enumerate(vocabulary.types)
+        if kind in ADDED
     ]
 
 
-def _bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]], whole_words: bool) -> dict[str, Any]:
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": whole_words,
-        "vocab": vocabulary,
-        "merges": merges,
-    }
-
-
-def _token_id(metadata: dict[str, Any], key: str, size: int, name: str) -> int | None:
-    value = metadata.get(f"tokenizer.ggml.{key}")
-    if value is None:
-        return None
-    if not isinstance(value, int) or not 0 <= value < size:
-        _contradiction(name, f"tokenizer.ggml.{key} is {str(value)[:40]} in a vocabulary of {size}")
-    return value
-
-
-def _contradiction(name: str, facts: str) -> NoReturn:
-    raise FewbitError(
-        f"The tokenizer in {name} contradicts itself.", f"In its metadata, {facts}.", "Convert the model again."
-    )
+def _ends(vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Tokens that end an answer, those the metadata names first."""
+    named = [vocabulary.id(key) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
+    known = [vocabulary.ids[token] for token in ENDS if token in vocabulary.ids]
+    found = [i for i in named if i is not None] + [i for i in known if vocabulary.types[i] == CONTROL]
+    return tuple(dict.fromkeys(found))

@@ -1,7 +1,7 @@
 """Writes a GGUF file (version 3, little endian) tensor by tensor, under another name until it is whole.
 
-The layout is drawn in `gguf`. Sizes and offsets follow from names, types and shapes, so the header comes first and the
-data after it in order.
+The layout is drawn in `_gguf_file`. Sizes and offsets follow from names, types and shapes, so the header comes first
+and the data after it in order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from fewbit.checkpoint.gguf import ARRAY, SPECS, STRING
+from fewbit.checkpoint._gguf_file import ARRAY, SPECS, STRING
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
 

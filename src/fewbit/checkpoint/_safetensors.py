@@ -24,6 +24,7 @@ from fewbit.errors import FewbitError
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 # what the library bounds a header by
 MAX_HEADER = 100_000_000
@@ -123,6 +124,25 @@ def _changed(file: Path) -> FewbitError:
     )
 
 
+def laid_out(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, list[int]], int]:
+    """What a file of these tensors begins with, where behind that each lies [begin, end), and where the last ends."""
+    # widest dtype first, as the library writes them: every tensor is then aligned
+    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    place: dict[str, list[int]] = {}
+    end = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        place[name] = [begin, end]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, place, end
+
+
 class ShardWriter:
     """One safetensors file whose tensors are written in any order, by pieces along the first axis."""
 
@@ -134,20 +154,8 @@ class ShardWriter:
         resume: bool = False,
     ) -> None:
         """`resume` goes on with a file that another run began with the same arguments; FewbitError where it differs."""
-        # widest dtype first, as the library writes them: every tensor is then aligned
-        order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-        self.place: dict[str, list[int]] = {}
-        end = 0
-        for name in order:
-            dtype, shape = tensors[name]
-            begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
-            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-            self.place[name] = [begin, end]
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self.start = 8 + len(text)
-        beginning = len(text).to_bytes(8, "little") + text
+        beginning, self.place, end = laid_out(tensors, metadata)
+        self.start = len(beginning)
         damaged = FewbitError(
             "The unfinished output is damaged.",
             f"{path} is not the file this command began.",

@@ -42,10 +42,15 @@ _TOKEN = re.compile(
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a group says of its weights: `spec`, None where fewbit does not know the scheme; `said` is for errors."""
+    """What a group says of its weights: `spec`, None where fewbit does not know the scheme; `said` is for errors.
+
+    bits and block (rows and columns that share a scale) are for matrices that lie as whole 8-bit numbers.
+    """
 
     spec: str | None
     said: str
+    bits: int = 8
+    block: tuple[int, int] | None = None
 
 
 class Schemes:
@@ -104,8 +109,14 @@ def _check_meaning(settings: dict[str, Any]) -> None:
         raise unreadable(f"kv_cache_scheme is set: {shown(settings['kv_cache_scheme'])}")
     for label, group in _groups(settings).items():
         for key in ("input_activations", "output_activations"):
-            if isinstance(group, dict) and group.get(key) is not None:
+            if isinstance(group, dict) and group.get(key) is not None and not _eight_bits(group, key):
                 raise unreadable(f"{key} of {label[:80]} is set: {shown(group[key])}")
+
+
+def _eight_bits(group: dict[str, Any], key: str) -> bool:
+    """Whether a group's inputs are rounded to 8 bits as its weights are: for speed, and the weights mean the same."""
+    sides = [group.get("weights"), group.get(key)]
+    return key == "input_activations" and all(isinstance(s, dict) and s.get("num_bits") == 8 for s in sides)
 
 
 def _groups(settings: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +139,21 @@ def _group(label: str, group: Any) -> tuple[list[str], Scheme]:
         raise _odd_group(f"{label}.weights", weights, "an object")
     keys = ("type", "num_bits", "strategy", "group_size")
     said = ", ".join(f"{key} {shown(weights.get(key))}" for key in keys)
-    return targets, Scheme(_spec(weights), f"{label[:80]} says {said}")
+    bits = weights.get("num_bits")
+    bits = bits if isinstance(bits, int) and 2 <= bits <= 8 else 8
+    return targets, Scheme(_spec(weights), f"{label[:80]} says {said}", bits, _block(label, weights))
+
+
+def _block(label: str, weights: dict[str, Any]) -> tuple[int, int] | None:
+    """`block_structure`: a list of two, or a word such as 128x128."""
+    found = weights.get("block_structure")
+    if found is None:
+        return None
+    if isinstance(found, str) and re.fullmatch(r"\d{1,6}x\d{1,6}", found):
+        found = [int(n) for n in found.split("x")]
+    if not isinstance(found, list) or len(found) != 2 or not all(isinstance(n, int) and 0 < n < 10**7 for n in found):
+        raise _odd_group(f"{label}.block_structure", found, "rows and columns")
+    return int(found[0]), int(found[1])
 
 
 def _spec(w: dict[str, Any]) -> str | None:

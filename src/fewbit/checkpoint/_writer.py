@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fewbit.checkpoint import _journal as journal
 from fewbit.checkpoint._journal import Journal
-from fewbit.checkpoint._safetensors import ShardWriter
+from fewbit.checkpoint._safetensors import ShardWriter, laid_out
 from fewbit.errors import FewbitError
 from fewbit.formats import Format, Layout, parse
 from fewbit.formats.integer import IntegerFormat
@@ -32,6 +32,8 @@ from fewbit.qtensor import QTensor
 # part of a format -> what is added to the tensor's name, as compressed-tensors spells it
 SPELLING = {"packed": "_packed", "scale": "_scale", "zero": "_zero_point"}
 SHARD_BYTES = 4 << 30
+# what a file says of how it was made takes less, beside the specs
+FACTS_BYTES = 4096
 # config_groups that are written
 MOST_SCHEMES = 8
 
@@ -336,6 +338,20 @@ class Writer:
 
 def _bytes(layout: Layout) -> int:
     return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in layout.values())
+
+
+def file_bytes(tensors: Sequence[Planned], scale_dtype: torch.dtype) -> int:
+    """What the weight files take at most, headers included, before anything is written."""
+    specs = {t.name: t.spec for t in tensors if isinstance(t.format, IntegerFormat)}
+    metadata = {"fewbit": json.dumps({"specs": specs})}
+    total = 0
+    for members in _split(tensors, scale_dtype):
+        stored: Layout = {}
+        for t in members:
+            stored |= t.stored(scale_dtype)
+        beginning, _, end = laid_out(stored, metadata)
+        total += len(beginning) + end + FACTS_BYTES
+    return total
 
 
 def _split(tensors: Sequence[Planned], scale_dtype: torch.dtype) -> Iterator[list[Planned]]:

@@ -1,10 +1,11 @@
-"""Folders of packed integers: compressed-tensors `pack-quantized`, and fewbit's wider spelling of the same idea.
+"""compressed-tensors folders: `pack-quantized`, fewbit's wider spelling of the same idea, and plain 8-bit numbers.
 
 A matrix `x.weight` [N, K] lies as `x.weight_packed` int32, `x.weight_scale`, `x.weight_shape` int64 [2] and, where it
 is asymmetric, `x.weight_zero_point`; older folders with activation order give each column's group in `x.weight_g_idx`.
 What compressed-tensors can say is written as such, and vLLM, SGLang and transformers load the folder. What it can't (a
 quantized embedding or head, ragged groups, other widths than 4 and 8) keeps the spelling under `quant_method:
-"fewbit"`. fewbit's own facts lie in the files' `__metadata__["fewbit"]`.
+"fewbit"`. fewbit's own facts lie in the files' `__metadata__["fewbit"]`. Read only: `int-quantized` and
+`float-quantized`, whose `x.weight` is int8 or float8_e4m3fn, and `mxfp4-pack-quantized`, whose parts are bytes.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.checkpoint import Checkpoint, Extent, TokenizerData
+from fewbit.checkpoint import Checkpoint, Extent, TokenizerData, _eight_bits
+from fewbit.checkpoint._eight_bits import EightBits
 from fewbit.checkpoint._folder import read_json, tokenizer_data, weight_files
 from fewbit.checkpoint._foreign import scattered, unreadable
 from fewbit.checkpoint._safetensors import Shards
-from fewbit.checkpoint._schemes import Schemes
+from fewbit.checkpoint._schemes import Scheme, Schemes
 from fewbit.checkpoint._writer import SPELLING
 from fewbit.checkpoint.huggingface import SPECS
 from fewbit.config_values import shown
@@ -31,6 +33,7 @@ from fewbit.formats.integer import IntegerFormat
 from fewbit.qtensor import QTensor
 
 METHODS = ("compressed-tensors", "fewbit")
+MXFP4 = "mxfp4"
 
 
 def matches(path: Path) -> bool:
@@ -60,10 +63,33 @@ class CompressedTensors(Checkpoint):
                 self._specs[name] = SPECS.get(self.shards.dtype(stored), "")
         schemes = Schemes(self.config["quantization_config"])
         noted = self._facts.get("specs")
+        self._eight: dict[str, EightBits] = {}
         for name in self._specs:
-            if f"{name}_packed" in self.shards:
+            if f"{name}_packed" not in self.shards:
+                if not self._specs[name] and f"{name}_scale" in self.shards:
+                    self._eight[name] = self._eight_bits(name, schemes.find(name))
+                    self._specs[name] = self._eight[name].spec
+            elif self.shards.dtype(f"{name}_packed") == torch.uint8:
+                self._specs[name] = self._microscaled(name)
+            else:
                 found = noted.get(name) if isinstance(noted, dict) else _foreign_spec(schemes, name)
                 self._specs[name] = self._integer_spec(name, found)
+
+    def _eight_bits(self, name: str, scheme: Scheme | None) -> EightBits:
+        """A matrix that lies as 8-bit numbers."""
+        zero = f"{name}_zero_point"
+        said = scheme or Scheme(None, "")
+        return _eight_bits.plan(
+            self.shards, name, f"{name}_scale", said.block, said.bits, zero if zero in self.shards else None
+        )
+
+    def _microscaled(self, name: str) -> str:
+        """Numbers of 4 bits, two a byte; FewbitError where their scales are not powers of two, a byte each."""
+        packed, scale = self.shards.shape(f"{name}_packed"), f"{name}_scale"
+        fits = scale in self.shards and self.shards.dtype(scale) == torch.uint8 and len(packed) == 2
+        if not fits or self.shards.shape(scale) != (packed[0], packed[1] // 16) or packed[1] % 16 or 0 in packed:
+            raise unreadable(f"{shown(name)} is packed in bytes {packed}, and not as MXFP4")
+        return MXFP4
 
     def _integer_spec(self, name: str, found: Any) -> str:
         """The spec a packed tensor is said to have, which must be one that packs."""
@@ -85,6 +111,9 @@ class CompressedTensors(Checkpoint):
     def shape(self, name: str) -> tuple[int, ...]:
         if f"{name}_packed" not in self.shards:
             return self.shards.shape(name)
+        if self._specs[name] == MXFP4:
+            rows, columns = self.shards.shape(f"{name}_packed")
+            return rows, columns * 2
         said = self._said_shape(f"{name}_shape")
         stored = {part: self.shards.shape(f"{name}{s}") for part, s in SPELLING.items() if f"{name}{s}" in self.shards}
         if len(said) != 2 or min(said) <= 0:
@@ -111,6 +140,11 @@ class CompressedTensors(Checkpoint):
         return self._specs[name]
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> QTensor:
+        if name in self._eight:
+            return _eight_bits.read(self.shards, self._eight[name], rows)
+        if self.spec(name) == MXFP4:
+            parts = {part: self.shards.read(f"{name}_{part}", rows) for part in ("packed", "scale")}
+            return QTensor(MXFP4, (len(parts["packed"]), self.shape(name)[1]), parts)
         if f"{name}_packed" not in self.shards:
             weight = self.shards.read(name, rows)
             return QTensor(self.spec(name), tuple(weight.shape), {"weight": weight})
@@ -133,6 +167,8 @@ class CompressedTensors(Checkpoint):
         }
 
     def extents(self, name: str) -> dict[str, Extent]:
+        if name in self._eight or self.spec(name) == MXFP4:
+            return {}
         return {part: self.shards.extent(stored) for part, stored in self._stored(name).items()}
 
     def assemble(self, name: str, stored: dict[str, Tensor]) -> QTensor:

@@ -6,6 +6,7 @@ import argparse
 from typing import Any, NoReturn
 
 from fewbit.cli._failures import UsageError
+from fewbit.config_values import parse_bytes
 from fewbit.errors import FewbitError
 from fewbit.lookup import nearest
 
@@ -52,9 +53,9 @@ def add_cache(parser: argparse._ActionsContainer) -> None:
     """The option of every verb that runs a model; `runtime.engine.CACHES` has the same names."""
     parser.add_argument(
         "--cache",
-        choices=("16bit", "int8"),
-        help="keep keys and values in 16 bits (default), or in 8: half the memory, less to read at long contexts; "
-        "exact runs keep them in float32",
+        choices=("16bit", "int8", "int4"),
+        help="keep keys and values in 16 bits (default), in 8: half the memory, less to read at long contexts; or in "
+        "4: less than a third, at a price in quality; exact runs keep them in float32",
     )
 
 
@@ -82,3 +83,11 @@ def add_device(parser: argparse._ActionsContainer, default: str = "auto") -> Non
         default=default,
         help="auto (a card that has room, else the CPU), cpu, cuda or cuda:N (default %(default)s)",
     )
+
+
+def size(text: str) -> int:
+    """An option's bytes: `40GB`, `16GiB`, `56MB`."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

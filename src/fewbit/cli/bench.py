@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fewbit.runtime.speed import Speed
 
 HELP = "measure prompt and decode tokens/s, as shares of what the machine gives; load time, peak memory"
+# of random weights
+FORMAT = "int4g128"
 SHARES = """\
 A prompt is bound by multiplying, decoding by reading the weights from memory. Each figure has its share of a ceiling
 measured between the runs, on the same threads:
@@ -36,8 +38,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--format",
         metavar="SPEC",
-        default="int4g128",
-        help="of random weights; exceptions by name: int2g64,down_proj=int3g64 (default %(default)s)",
+        help=f"of random weights; exceptions by name: int2g64,down_proj=int3g64 (default {FORMAT})",
     )
     parser.add_argument("--head", metavar="SPEC", help="of a random model's embedding and head (default: --format's)")
     parser.add_argument("--prompt", type=count, default=512, metavar="N", help="prompt tokens (default %(default)s)")
@@ -61,12 +62,20 @@ def run(args: argparse.Namespace) -> int:
                 "Give one of them: fewbit bench MODEL, or fewbit bench --random llama-3.2-1b",
             )
         )
+    if args.model and (args.format or args.head):
+        raise UsageError(
+            FewbitError(
+                f"{'--format' if args.format else '--head'} is for --random.",
+                "A MODEL is measured in the formats its files have.",
+                "Leave it out, or quantize the model first: fewbit quantize MODEL -o OUT --format SPEC",
+            )
+        )
     from fewbit.random_models import random_model
     from fewbit.runtime.speed import measure_speed
 
     with progress() as report:
         speed = measure_speed(
-            random_model(args.random, args.format, args.head) if args.random else args.model,
+            random_model(args.random, args.format or FORMAT, args.head) if args.random else args.model,
             prompt=args.prompt,
             new=args.tokens,
             threads=args.threads,

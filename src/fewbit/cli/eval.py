@@ -111,6 +111,8 @@ def _measure(
     if texts:
         with progress() as report:
             found += _evaluate(args, texts, exact, report)
+        for reason in dict.fromkeys(q.device_note for q in found if q.device_note):
+            note(f"note: {reason}")
         # what is known is shown: tasks may take hours more, or fail
         if not args.json:
             print_quality(args.against, found)
@@ -212,7 +214,14 @@ def _run_tasks(args: argparse.Namespace, names: list[str], exact: bool, report: 
     for model in args.model:
         if model not in found:
             found[model] = run_tasks(
-                model, names, limit=args.limit, exact=exact, device=args.device, cache=args.cache, progress=report
+                model,
+                names,
+                limit=args.limit,
+                exact=exact,
+                device=args.device,
+                cache=args.cache,
+                progress=report,
+                note=lambda reason: note(f"note: {reason}"),
             )
 
 

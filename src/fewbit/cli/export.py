@@ -117,6 +117,8 @@ def _row(check: Check) -> list[str]:
     if check.kl is None or check.gap is None or check.same is None:
         return [check.engine, check.version, "", "", "", f"failed: {check.error}"]
     said = "agrees" if check.agrees else "does not agree"
+    if check.twin_kl is not None and check.twin_gap is not None:
+        said += f"; float32 twin: KL {max(check.twin_kl, 0):.1g}, gap {check.twin_gap:.3f}"
     if check.tokens_differ:
         said += f"; its tokenizer cuts {len(check.tokens_differ)} of the texts otherwise"
     kl = f"{max(check.kl, 0):.2g}"

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fewbit.cli._parser import BITS_HELP, MODEL_HELP, Parser, count, format_of_bits
+from fewbit.cli._parser import BITS_HELP, MODEL_HELP, Parser, count, format_of_bits, size
 from fewbit.cli._terminal import megabytes, note, print_json, progress, write
+from fewbit.errors import FewbitError
 
 if TYPE_CHECKING:
     from fewbit.quantizer import Summary
 
+# options that mean the same whether one format is given or a size
+SHARED = (
+    "method", "effort", "scales", "calibration", "windows", "length", "drift", "prefix", "weighting", "offload",
+    "device", "restart", "log",
+)  # fmt: skip
 HELP = "store a model's weights in few bits"
 
 
@@ -24,7 +31,17 @@ def add_arguments(parser: Parser) -> None:
     bits.add_argument(
         "--format", metavar="SPEC", help="intN, intNgM or intNgMa: N bits, M inputs share a scale (default int4g64)"
     )
-    bits.add_argument("--bits", type=int, choices=range(2, 9), metavar="N", help=BITS_HELP)
+    bits.add_argument(
+        "--bits",
+        choices=(*map(str, range(2, 9)), "mixed"),
+        metavar="N|mixed",
+        help=f"{BITS_HELP}; mixed: int4g64 with int8 where it matters most, 6 bits for the head",
+    )
+    bits.add_argument(
+        "--size", type=size, metavar="40GB", help="choose bits for every matrix so that the weight files take so much"
+    )
+    bits.add_argument("--bpw", type=bits_per_weight, metavar="N", help="the same by bits for each weight, such as 3.2")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="JSON: names of tensors (with *) and their formats")
     parser.add_argument(
         "--method", default="auto", help="auto, rtn, gptq, awq, awq+gptq or tuned (default %(default)s)"
     )
@@ -36,9 +53,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="N",
         help="0: no calibration, seconds; 1: minutes; 2: longer; 3: best, wants a GPU (default %(default)s)",
     )
-    parser.add_argument(
-        "--head", default="int8", metavar="int8|16bit|SPEC", help="embedding and output head (default %(default)s)"
-    )
+    parser.add_argument("--head", metavar="int8|16bit|SPEC", help="embedding and output head (default int8)")
     parser.add_argument(
         "--scales",
         choices=("search", "minmax"),
@@ -84,35 +99,65 @@ def _add_calibration(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    shared = {name: getattr(args, name) for name in SHARED}
+    fitted = args.size is not None or args.bpw is not None
+    if fitted and (args.recipe or args.head):
+        raise FewbitError(
+            "A size leaves no format to choose.",
+            f"--{'recipe' if args.recipe else 'head'} names one, and --size or --bpw choose all of them.",
+            "Leave out one of the two.",
+        )
+    with progress() as report:
+        return _fit(args, shared, report) if fitted else _quantize(args, shared, report)
+
+
+def _quantize(args: argparse.Namespace, shared: dict[str, Any], report: Callable[[int, int, str], None]) -> int:
     import fewbit
 
-    with progress() as report:
-        summary = fewbit.quantize(
-            args.model,
-            args.output,
-            format=args.format or format_of_bits(args.bits or 4),
-            method=args.method,
-            effort=args.effort,
-            head=args.head,
-            scales=args.scales,
-            calibration=args.calibration,
-            windows=args.windows,
-            length=args.length,
-            drift=args.drift,
-            prefix=args.prefix,
-            weighting=args.weighting,
-            offload=args.offload,
-            device=args.device,
-            restart=args.restart,
-            log=args.log,
-            progress=report,
-            note=note,
-        )
+    mixed = args.bits == "mixed"
+    summary = fewbit.quantize(
+        args.model,
+        args.output,
+        format=args.format or format_of_bits(4 if mixed else int(args.bits or 4)),
+        recipe=args.bits if mixed else args.recipe,
+        head=args.head or "int8",
+        progress=report,
+        note=note,
+        **shared,
+    )
     if args.json:
         print_json(summary.to_dict())
     else:
         write(describe(summary))
     return 0
+
+
+def _fit(args: argparse.Namespace, shared: dict[str, Any], report: Callable[[int, int, str], None]) -> int:
+    from fewbit.fitting import fit
+
+    found = fit(args.model, args.output, size=args.size, bits_per_weight=args.bpw, progress=report, note=note, **shared)
+    if args.json:
+        print_json(found.to_dict())
+        return 0
+    write(describe(found.summary))
+    verdict = found.uniform if found.kept == "uniform" else found.mixed
+    if verdict is not None:
+        write(
+            f"  KL {verdict.kl:.4f} ± {verdict.error:.4f} on calibration text held out (a mixture, predicted "
+            f"{found.predicted:.4f})\n"
+        )
+    return 0
+
+
+def bits_per_weight(text: str) -> float:
+    """An option's number from 1 to 16."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 1 <= number <= 16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 16")
+    return number
 
 
 def describe(summary: Summary) -> str:

@@ -49,7 +49,8 @@ ENGINES = (
         ("compressed-tensors", "gptq", "awq"),
     ),
     Engine(
-        "transformers", ("transformers", "compressed_tensors"), "pip install transformers accelerate compressed-tensors",
+        "transformers", ("transformers", "compressed_tensors"),
+        "pip install transformers accelerate compressed-tensors",
         ("compressed-tensors",),
     ),
     Engine("GPTQModel", ("gptqmodel",), "pip install gptqmodel", ("gptq", "awq")),
@@ -58,7 +59,7 @@ ENGINES = (
 
 @dataclass(frozen=True)
 class Answer:
-    """What an engine gave: log-probabilities float32 [tokens, vocabulary], and its tokens of the texts if it has them."""
+    """What an engine gave: log-probabilities float32 [tokens, vocabulary], and the texts' tokens where it has any."""
 
     version: str
     activation_bits: int

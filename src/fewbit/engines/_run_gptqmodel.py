@@ -1,4 +1,4 @@
-"""Runs token sequences through GPTQModel, by its own kernels in PyTorch. A program of its own: fewbit need not be there.
+"""Runs token sequences through GPTQModel, by its kernels in PyTorch. A program of its own: fewbit need not be there.
 
 Standard input is the job as JSON; see `fewbit.engines`. The last line of standard output is the answer.
 """

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 def main() -> None:
     job = json.load(sys.stdin)
     torch.set_num_threads(job["threads"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    model.train(False)
     rows = []
     for ids, start in zip(job["sequences"], job["starts"], strict=True):
         with torch.inference_mode():

@@ -72,7 +72,7 @@ def export(
 
     to        `gguf` (a file), `compressed-tensors`, `gptq` or `awq` (folders)
     type      of a GGUF file's matrices: `q4_0`, `q4_k`, ..., `f16`
-    format    a folder's linears: quantized to it first; None keeps those of a quantized model, or takes the target's own
+    format    a folder's linears are quantized to it first; None keeps a quantized model's, or takes the target's own
     head      of a GGUF file's embedding and output head; folders keep them in 16 bits
     engine    whose limits a folder keeps to: `vllm` (SGLang too) or `transformers`
     options   of `fewbit.quantize`, where a folder's linears are quantized first

@@ -22,6 +22,7 @@ from fewbit.checkpoint._writer import Planned, Writer
 from fewbit.errors import FewbitError
 from fewbit.exports import _limits
 from fewbit.formats import parse
+from fewbit.formats._bitstream import unpack_rows
 from fewbit.formats.integer import IntegerFormat
 from fewbit.methods import Target, rtn
 from fewbit.models import WeightInfo
@@ -39,14 +40,14 @@ class Written:
     notes: list[str]
 
 
-def codes_and_zeros(q: QTensor) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [N, K] and zero points uint8 [N, G]; the middle code where the format has none."""
-    fmt = parse(q.spec)
+def zero_points(q: QTensor) -> Tensor:
+    """uint8 [N, G]; the middle code where the format has none."""
+    fmt, scale = parse(q.spec), q.parts["scale"]
     if not isinstance(fmt, IntegerFormat):
         raise TypeError(q.spec)
-    codes, params = fmt.unpack(q)
-    middle = torch.full(params["scale"].shape, 1 << (fmt.bits - 1), dtype=torch.uint8)
-    return codes, params.get("zero", middle)
+    if not fmt.asymmetric:
+        return torch.full(scale.shape, 1 << (fmt.bits - 1), dtype=torch.uint8)
+    return unpack_rows(q.parts["zero"].t().contiguous(), fmt.bits, q.shape[0]).t().contiguous()
 
 
 def half_scales(name: str, q: QTensor) -> Tensor:
@@ -63,7 +64,7 @@ def half_scales(name: str, q: QTensor) -> Tensor:
 
 
 def plan(source: Source, target: ModuleType, spec: str | None) -> list[Planned]:
-    """Every tensor as it will be written; `spec` is the linears' where they are to be quantized, else they keep theirs."""
+    """Every tensor as it will be written; `spec` is the linears' where they are to be quantized, None keeps theirs."""
     sixteen = next(s for s, d in FLOATS.items() if d == source.dtype)
     return [_planned(w, target, sixteen, source, spec) for w in source.weights]
 

@@ -21,6 +21,8 @@ from fewbit.source import Source
 
 # model_type -> general.architecture, where they differ
 ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3"}
+# llama.cpp wants `output.weight` of these
+UNTIED = ("olmo2",)
 
 
 def architecture(source: Source) -> str:
@@ -48,6 +50,10 @@ def describe(source: Source) -> tuple[dict[str, Value], dict[str, Tensor], list[
     if config.get("model_type") in ("mistral", "mixtral") and len(windows - {0}) == 1:
         context = min(context, *windows)
         notes.append(f"ggml's llama has no sliding window: the context is given as the window's {context:,} tokens")
+    if arch == "phi3" and any(windows):
+        notes.append(f"llama.cpp sees all tokens where the model has a window of {max(windows):,}")
+    if arch in UNTIED and args.tie_word_embeddings:
+        raise _unsayable(f"ggml's {arch} has an output matrix of its own, and the model's is its embedding")
     rope: RopeArgs = args.rope
     found: dict[str, Value] = {
         "block_count": args.num_hidden_layers,

@@ -7,16 +7,18 @@ made to be nasty into the same tokens.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from fewbit.checkpoint import TokenizerData
 from fewbit.checkpoint import _gguf_tokenizer as reading
+from fewbit.checkpoint._gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from fewbit.checkpoint._gguf_words import PRE_TOKENIZERS
 from fewbit.checkpoint._gguf_writer import Value
 from fewbit.errors import FewbitError
 from fewbit.tokenizer import Tokenizer
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 # where several names mean the same: those that most engines know
 PREFERRED = ("llama-bpe", "qwen2", "gpt-2", "smollm", "command-r", "deepseek-r1-qwen", "default")
 NASTY = """\
@@ -37,22 +39,59 @@ def metadata(data: TokenizerData, rows: int, config: dict[str, Any]) -> dict[str
     """
     document = json.loads(data.json)
     model = document.get("model") or {}
-    if model.get("type") != "BPE" or model.get("byte_fallback") or not _has_step(document, "ByteLevel"):
-        raise _unsayable(f"it is a {model.get('type')} that is not byte-level BPE")
+    if model.get("type") != "BPE":
+        raise _unsayable(f"it is a {model.get('type')}, not a BPE")
+    if not model.get("merges"):
+        raise _unsayable("it has no merges, which GGUF's readers want")
     tokens, kinds = _tokens(document, rows)
-    found: dict[str, Value] = {
-        "tokenizer.ggml.model": "gpt2",
+    common: dict[str, Value] = {
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or []],
-        "tokenizer.ggml.add_space_prefix": False,
         "tokenizer.ggml.add_bos_token": Tokenizer(data).add_bos,
     }
-    found |= _special(data, model, tokens, config)
+    common |= _special(data, model, tokens, config)
     if data.chat_template is not None:
-        found["tokenizer.chat_template"] = data.chat_template
-    found["tokenizer.ggml.pre"] = _pre_tokenizer(data, found)
-    return found
+        common["tokenizer.chat_template"] = data.chat_template
+    if model.get("byte_fallback"):
+        return _sentencepiece(data, model, common)
+    if not _has_step(document, "ByteLevel"):
+        raise _unsayable("it is a BPE neither of bytes nor of SentencePiece")
+    common |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": [" ".join(m) for m in _merges(model)]}
+    common["tokenizer.ggml.add_space_prefix"] = False
+    return common | {"tokenizer.ggml.pre": _pre_tokenizer(data, common)}
+
+
+def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
+    """Pairs in their order; older files have them as one text with a space between."""
+    pairs = (m.split(" ", 1) if isinstance(m, str) else m for m in model.get("merges") or [])
+    return [(str(left), str(right)) for left, right in pairs]
+
+
+def _sentencepiece(data: TokenizerData, model: dict[str, Any], common: dict[str, Value]) -> dict[str, Value]:
+    """`llama`: pieces merged by score. The merges' order says what the scores were, up to a scale."""
+    rank: dict[str, int] = {}
+    for i, (left, right) in enumerate(_merges(model)):
+        rank.setdefault(left + right, i)
+    tokens: Any = common["tokenizer.ggml.tokens"]
+    kinds: Any = common["tokenizer.ggml.token_type"]
+    byte = re.compile(r"<0x[0-9A-F]{2}>")
+    kinds = [
+        BYTE if kind == NORMAL and byte.fullmatch(text) else kind for text, kind in zip(tokens, kinds, strict=True)
+    ]
+    unknown = model.get("unk_token")
+    kinds = [UNKNOWN if text == unknown else kind for text, kind in zip(tokens, kinds, strict=True)]
+    # what no merge makes comes after all that merges make
+    scores = [
+        -float(rank.get(text, len(rank))) if kind == NORMAL else 0.0 for text, kind in zip(tokens, kinds, strict=True)
+    ]
+    found = common | {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"}
+    found |= {"tokenizer.ggml.token_type": kinds, "tokenizer.ggml.scores": scores}
+    expected = Tokenizer(data).encode(NASTY, bos=False)
+    for prefix in (True, False):
+        found["tokenizer.ggml.add_space_prefix"] = prefix
+        if Tokenizer(reading.convert(dict(found), "the export")).encode(NASTY, bos=False) == expected:
+            return found
+    raise _unsayable("read back as a SentencePiece vocabulary it cuts text otherwise than its own merges do")
 
 
 def _has_step(document: dict[str, Any], kind: str) -> bool:
@@ -81,8 +120,7 @@ def _tokens(document: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
 def _special(data: TokenizerData, model: dict[str, Any], tokens: list[str], config: dict[str, Any]) -> dict[str, Value]:
     """Ids with a meaning."""
     ids: dict[str, Any] = {"padding": config.get("pad_token_id"), "bos": data.bos_token_id}
-    for name, found in zip(("eos", "eot"), data.eos_token_ids, strict=False):
-        ids[name] = found
+    ids |= dict(zip(("eos", "eot"), data.eos_token_ids, strict=False))
     if isinstance(model.get("unk_token"), str) and model["unk_token"] in tokens:
         ids["unknown"] = tokens.index(model["unk_token"])
     return {
@@ -97,11 +135,11 @@ def _pre_tokenizer(data: TokenizerData, found: dict[str, Value]) -> str:
     expected = Tokenizer(data).encode(NASTY, bos=False)
     document = json.loads(data.json)
     own = _steps((document.get("pre_tokenizer"),)), (document.get("normalizer") or {}).get("type") == "NFC"
-    names = [name for name in PREFERRED if name in reading.PRE_TOKENIZERS]
-    names += sorted(set(reading.PRE_TOKENIZERS) - set(names))
+    names = [name for name in PREFERRED if name in PRE_TOKENIZERS]
+    names += sorted(set(PRE_TOKENIZERS) - set(names))
 
     def spelled_as_its_own(name: str) -> bool:
-        return (_steps(reading.PRE_TOKENIZERS[name].steps), reading.PRE_TOKENIZERS[name].nfc) == own
+        return (_steps(PRE_TOKENIZERS[name].steps), PRE_TOKENIZERS[name].nfc) == own
 
     # one that is spelled as the tokenizer's own does the same on every text
     for name in sorted(names, key=lambda name: not spelled_as_its_own(name)):

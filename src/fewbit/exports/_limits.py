@@ -1,7 +1,7 @@
 """What engines take of each layout, so that what they would refuse is refused before anything is written.
 
-Facts of vLLM 0.32 (`compressed_tensors_wNa16.py`, `auto_gptq.py`, `auto_awq.py`, `marlin_utils.py`; its kernels fuse q, k
-and v, and gate and up), transformers 5.23 with compressed-tensors 0.20, and GPTQModel 7.7, through which transformers
+Facts of vLLM 0.32 (`compressed_tensors_wNa16.py`, `auto_gptq.py`, `auto_awq.py`, `marlin_utils.py`; its kernels fuse q,
+k and v, and gate and up), transformers 5.23 with compressed-tensors 0.20, and GPTQModel 7.7, through which transformers
 reads GPTQ and AWQ. SGLang reads these layouts with vLLM's kernels, and is held to the same.
 """
 
@@ -56,24 +56,34 @@ LIMITS: Mapping[tuple[str, str], Limits] = {
 def check(layout: str, engine: str, linears: Sequence[Planned]) -> None:
     """FewbitError where `engine` would refuse these quantized linears, with the nearest format that works."""
     limits = LIMITS[layout, engine]
-    specs = sorted({t.spec for t in linears})
-    shapes = [t.shape for t in linears]
+    wrong = _wrong(limits, linears)
+    if wrong is None:
+        return
+    facts, fmt = wrong
+    nearest = _nearest(limits, fmt, [t.shape for t in linears])
+    way = f"quantize the full-precision model with --format {nearest}" if nearest else "export to GGUF"
+    steps = [f"The nearest that works: {way}"]
+    others = [e for e in ENGINES if e != engine and not _wrong(LIMITS[layout, e], linears)]
+    if others:
+        steps.append(f"for {LIMITS[layout, others[0]].engine} alone, --for {others[0]}")
+    raise FewbitError(f"{limits.engine} would not load this {layout} folder.", f"{facts}.", f"{'; '.join(steps)}.")
+
+
+def _wrong(limits: Limits, linears: Sequence[Planned]) -> tuple[str, object] | None:
+    """What an engine refuses of these linears, and the format it refuses; None where it loads them."""
     for t in linears:
         if reason := _reason(limits, t.format, t.shape):
-            raise _refused(layout, limits, f"{t.name} is {t.spec}: {reason}", _nearest(limits, t.format, shapes))
+            return f"{t.name} is {t.spec}: {reason}", t.format
+    specs = sorted({t.spec for t in linears})
     if len(specs) > 1 and not limits.mixed:
-        first = linears[0]
-        facts = f"The linears have {len(specs)} formats ({', '.join(specs)}), and {layout} folders say one for all"
-        raise _refused(layout, limits, facts, _nearest(limits, first.format, shapes), "or export to compressed-tensors")
+        return f"The linears have {len(specs)} formats ({', '.join(specs)}), and such folders say one", linears[
+            0
+        ].format
     if limits.fused and (unequal := _unequal(linears)):
         first, other = unequal
         facts = f"{first.name} is {first.spec} and {other.name} is {other.spec}; the engine multiplies them as one"
-        raise _refused(layout, limits, facts, _nearest(limits, first.format, shapes))
-
-
-def takes(layout: str, engine: str, spec: str, format: IntegerFormat, shapes: Sequence[tuple[int, ...]]) -> bool:  # noqa: A002
-    """Whether the engine takes linears of these shapes in one format."""
-    return not any(_reason(LIMITS[layout, engine], format, shape) for shape in shapes)
+        return facts, first.format
+    return None
 
 
 def _reason(limits: Limits, fmt: object, shape: tuple[int, ...]) -> str | None:
@@ -130,12 +140,3 @@ def _unequal(linears: Sequence[Planned]) -> tuple[Planned, Planned] | None:
                     if found is not None and found.spec != t.spec:
                         return t, found
     return None
-
-
-def _refused(layout: str, limits: Limits, facts: str, nearest: str | None, *more: str) -> FewbitError:
-    others = [e for e in ENGINES if LIMITS[layout, e].engine != limits.engine]
-    way = f"quantize the full-precision model with --format {nearest}" if nearest else "export to GGUF"
-    steps = [f"The nearest that works: {way}", *more]
-    if others:
-        steps.append(f"for another engine alone, --for {' or '.join(others)}")
-    return FewbitError(f"{limits.engine} would not load this {layout} folder.", f"{facts}.", f"{'; '.join(steps)}.")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewbit.checkpoint._writer import Planned
 from fewbit.checkpoint.awq import INTERLEAVE
-from fewbit.exports._folders import codes_and_zeros, half_scales
+from fewbit.exports._folders import half_scales, zero_points
 from fewbit.formats import Layout
 from fewbit.formats._bitstream import pack_rows
 from fewbit.formats.integer import IntegerFormat
@@ -41,10 +41,10 @@ class Packed(Planned):
 
     def spelled(self, q: QTensor) -> dict[str, Tensor]:
         stem = self.name.removesuffix(".weight")
-        codes, zeros = codes_and_zeros(q)
+        codes, _ = self.format.unpack(q)
         return {
             f"{stem}.qweight": _across(codes.t().contiguous()),
-            f"{stem}.qzeros": _across(zeros.t().contiguous()),
+            f"{stem}.qzeros": _across(zero_points(q).t().contiguous()),
             f"{stem}.scales": half_scales(self.name, q).t().contiguous(),
         }
 

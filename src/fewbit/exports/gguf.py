@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fewbit
 from fewbit.checkpoint._gguf_writer import GgufTensor, GgufWriter, Value
+from fewbit.checkpoint._writer import Planned
 from fewbit.errors import FewbitError
 from fewbit.exports import Summary, _gguf_metadata, _gguf_tokens
 from fewbit.exports._ggml_mapping import keeps_codes, mapped
@@ -27,7 +28,6 @@ from fewbit.models import WeightInfo
 from fewbit.qtensor import QTensor
 from fewbit.source import FLOATS, Source
 from fewbit.walk import Progress, quantized
-from fewbit.checkpoint._writer import Planned
 
 LAYOUT = "gguf"
 # type -> (spec, general.file_type): llama_ftype of llama.h
@@ -61,6 +61,11 @@ class _Told:
     cast: int = 0
     inexact: bool = False
 
+    @property
+    def exact(self) -> bool:
+        """Whether every weight has the value it has in the source."""
+        return not (self.inexact or self.changed or self.cast)
+
     def notes(self) -> list[str]:
         """In words."""
         found = [
@@ -92,7 +97,7 @@ def write(
         note(text)
     tokens = _gguf_tokens.metadata(source.checkpoint.tokenizer(), source.args.vocab_size, source.config)
     facts = source.checkpoint.facts()
-    tensors = _tensors(parts, source, small)
+    tensors = _tensors(parts, small)
     told = _Told()
     with GgufWriter(out, _general(source, file_type, facts) | described | tokens, tensors) as writer:
         total, done = sum(torch.Size(p.weight.shape).numel() for p in parts), 0
@@ -106,8 +111,7 @@ def write(
     specs = Counter(t.spec for t in tensors)
     return Summary(
         str(out), LAYOUT, spec.removeprefix("gguf:"), str(facts.get("method", "none")), source.path.name,
-        not (told.inexact or told.changed or told.cast), out.stat().st_size, source.checkpoint.weight_bytes(), dict(specs),
-        notes + told.notes(),
+        told.exact, out.stat().st_size, source.checkpoint.weight_bytes(), dict(specs), notes + told.notes(),
     )  # fmt: skip
 
 
@@ -195,7 +199,7 @@ def _fallbacks(parts: list[_Part], spec: str, head: str) -> list[str]:
     ]
 
 
-def _tensors(parts: list[_Part], source: Source, small: dict[str, Tensor]) -> list[GgufTensor]:
+def _tensors(parts: list[_Part], small: dict[str, Tensor]) -> list[GgufTensor]:
     """The file's tensors in the order they are written in."""
     found = [GgufTensor(name, "f32", tuple(t.shape)) for name, t in small.items()]
     members: dict[str, list[_Part]] = {}

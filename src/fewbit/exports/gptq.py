@@ -15,7 +15,7 @@ from torch import Tensor
 import fewbit
 from fewbit.checkpoint._writer import Planned
 from fewbit.errors import FewbitError
-from fewbit.exports._folders import codes_and_zeros, half_scales
+from fewbit.exports._folders import half_scales, zero_points
 from fewbit.formats import Layout
 from fewbit.formats._bitstream import pack_rows, words
 from fewbit.formats.integer import IntegerFormat
@@ -51,7 +51,7 @@ class Packed(Planned):
     def spelled(self, q: QTensor) -> dict[str, Tensor]:
         fmt, columns = self.integers, self.shape[1]
         stem = self.name.removesuffix(".weight")
-        _, zeros = codes_and_zeros(q)
+        zeros = zero_points(q)
         if not bool(zeros.all()):
             # some engines add the one without looking at the width, and would take it for 2^bits
             raise FewbitError(
@@ -68,7 +68,7 @@ class Packed(Planned):
         }
 
 
-def settings(tensors: Sequence[Planned], linears: set[str], scattered: bool = False) -> dict[str, Any]:
+def settings(tensors: Sequence[Planned], linears: set[str], scattered: bool = False) -> dict[str, Any]:  # noqa: ARG001
     """`quantization_config` of config.json."""
     fmt = next(t.integers for t in tensors if isinstance(t, Packed))
     return {

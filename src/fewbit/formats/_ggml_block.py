@@ -18,8 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewbit.formats import _ggml_writing
-from fewbit.formats import Affine, Format, Layout, Params, Shape, Tabled, TwoLevel
+from fewbit.formats import Affine, Format, Layout, Params, Shape, Tabled, TwoLevel, _ggml_writing
 from fewbit.qtensor import QTensor
 
 
@@ -136,7 +135,15 @@ def fields(packed: Tensor, run: int, bits: int, count: int) -> Tensor:
 
     Of each run of `run` items first the lowest bits of all, then the next ones: [out, blocks, n * count].
     """
+    if packed.dtype == torch.uint8 and run % 8 == 0:
+        # eight bytes at once: bits that are shifted from one byte into the next are masked away
+        wide = aligned(packed).view(torch.int64).unflatten(-1, (-1, 1, run // 8))
+        mask = ((1 << bits) - 1) * 0x0101010101010101
+        out = wide.new_empty(*wide.shape[:-2], count, run // 8)
+        for i in range(count):
+            torch.bitwise_right_shift(wide[..., 0, :], bits * i, out=out[..., i, :])
+        bytes_: Tensor = out.bitwise_and_(mask).flatten(-3).view(torch.uint8)
+        return bytes_
     shifts = torch.arange(0, bits * count, bits, dtype=packed.dtype, device=packed.device)
-    runs = packed.unflatten(-1, (-1, 1, run)) >> shifts[:, None]
-    found: Tensor = runs & ((1 << bits) - 1)
+    found: Tensor = packed.unflatten(-1, (-1, 1, run)) >> shifts[:, None] & ((1 << bits) - 1)
     return found.flatten(-3)

@@ -16,7 +16,7 @@ from fewbit.formats import _scale_search as scales
 
 # turns over codes, steps and halves
 TURNS = 4
-# shares of the range to try as scale, for groups with a minimum
+# shares of the range to try as scale, for groups with a minimum and 16 codes; with more codes clipping pays less
 SHARES = (1.04, 1.0, 0.96, 0.92, 0.88, 0.84, 0.79, 0.73)
 HALF = torch.float16
 
@@ -57,7 +57,8 @@ def _ranges(
     error, codes = _cost(g, h, *best, top)
     if not search:
         return best
-    candidates = [(share, end) for share in SHARES for end in (0.0, 0.5, 1.0)]
+    shares = [1 - (1 - share) * 16 / (top + 1) for share in SHARES]
+    candidates = [(share, end) for share in shares for end in (0.0, 0.5, 1.0)]
     for share, end in candidates:
         scale = (high - low) * (share / top)
         found = rounded(scale, low + ((high - low) - scale * top) * end)
@@ -155,7 +156,7 @@ def _spread(unit: Tensor, steps: Tensor, columns: int) -> Tensor:
 def _halves(
     g: Tensor, h: Tensor | None, codes: Tensor, steps: Tensor, minima: Tensor, d: Tensor, m: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Least squares of g on step * code and -minimum_step, two unknowns a block; the old ones where that has no answer."""
+    """Least squares of g on step * code and -minimum_step, two unknowns a block; the old ones where it has none."""
     ones = torch.ones_like(d)
     a, b = _spread(ones, steps, g.shape[1]) * codes, -_spread(ones, minima, g.shape[1])
     ha, hb = (a, b) if h is None else (a * h, b * h)

@@ -57,7 +57,7 @@ def fit(fmt: GgmlFormat, w: Tensor, importance: Tensor | None, search: bool) -> 
 
 
 def nearest_codes(fmt: GgmlFormat, w: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    """uint8 codes of w [out, in] under the scale, and maybe the offset, of each span; a scale of 0 takes the zero code."""
+    """uint8 codes of w [out, in] under the scale, and maybe the offset, of each span; of a scale of 0 the zero code."""
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     rows = max(1, SLICE_WEIGHTS // w.shape[1])
     for start in range(0, len(w), rows):
@@ -81,8 +81,8 @@ def put_together(fmt: GgmlFormat, codes: Tensor, params: Params) -> Tensor:
 
 def together(numbers: Tensor, run: int, bits: int, count: int) -> Tensor:
     """The inverse of `fields`: numbers [out, blocks, n * count] of `bits` bits each, `count` to a byte."""
-    parts = numbers.unflatten(-1, (-1, count, run))
-    packed = parts[..., 0, :] & ((1 << bits) - 1)
+    parts: Tensor = numbers.unflatten(-1, (-1, count, run))
+    packed: Tensor = parts[..., 0, :] & ((1 << bits) - 1)
     for i in range(1, count):
         packed = packed | (parts[..., i, :] & ((1 << bits) - 1)) << (bits * i)
     return packed.flatten(-2)

@@ -1,16 +1,17 @@
 """Who multiplies. `reference` is the definition; other backends must agree with it or refuse.
 
 Each module of this package (but `ops`) has `backend() -> Backend | None`: None where this machine can't run it, and
-`DEVICES`, the kinds of devices it multiplies on.
+`DEVICES`, the kinds of devices it multiplies on. What is done on a device beside products is asked for here as well:
+`missing`, `slower`, `refuses_groups`, `ops_on`, `chooser`, `ceilings`.
 """
 
 from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -112,3 +113,106 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(count)
     for backend in available():
         backend.set_threads(count)
+
+
+class Choice(Protocol):
+    """Tokens that are being chosen on a device."""
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 [W], there, for whoever runs there next; 0 where there is none."""
+
+    def tokens(self) -> list[int]:
+        """Waits for them; -1 where a logit is NaN or infinite."""
+
+
+class Chooser(Protocol):
+    """Draws tokens where their logits lie."""
+
+    def __call__(
+        self, logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, points: Sequence[float]
+    ) -> Choice:
+        """A token for each row of float32 [W, vocab]; temperature 0 takes the likeliest.
+
+        `points` are uniform numbers from 0 to 1, one a row.
+        """
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Bytes read and multiply-adds done a second, of all that a device has at once."""
+
+    read_rate: float
+    dot_rate: float
+
+
+class Ceilings(Protocol):
+    """Measures what a device gives at most, whenever asked."""
+
+    @property
+    def isa(self) -> str:
+        """The instruction set, or the card's architecture."""
+
+    def measure(self) -> Ceiling:
+        """The best of some passes of each kind."""
+
+
+# what belongs to cards is imported when one is used: it takes torch's own part for cards with it
+
+
+def missing(device: str) -> str | None:
+    """Why nothing of fewbit's can multiply on this kind of device, in words; None where something can."""
+    if device == "cpu":
+        return None
+    from fewbit.kernels import _nvrtc, triton
+
+    reason = _nvrtc.missing()
+    return f"{reason}; {without}" if reason and (without := triton.missing()) else None
+
+
+def slower(device: str) -> str | None:
+    """A sentence where Triton stands in for the CUDA kernels."""
+    from fewbit.kernels import _nvrtc
+
+    if device == "cpu" or not (reason := _nvrtc.missing()):
+        return None
+    return (
+        f"Products run through Triton, more slowly than they could: {reason}; `pip install '{_nvrtc.extra()}'` helps."
+    )
+
+
+def refuses_groups(device: str, span: int, columns: int) -> bool:
+    """Whether nothing but the reference multiplies matrices of `columns` whose groups have `span` of them."""
+    from fewbit.kernels import triton
+    from fewbit.kernels._cuda_layout import stored_span
+
+    return device != "cpu" and stored_span(span, columns) is None and triton.missing() is not None
+
+
+def ops_on(device: torch.device, exact: bool = False) -> Ops:
+    """The operations around the products, for tensors of this device; with `exact` their definitions."""
+    if device.type == "cpu" or exact:
+        return available(exact)[0].ops
+    from fewbit.kernels._cuda_ops import cuda_ops
+
+    return cuda_ops(device) or Ops()
+
+
+def chooser(device: torch.device) -> Chooser | None:
+    """What chooses tokens on this device; None on the CPU, where the sampler does, and where nothing can."""
+    if device.type == "cpu":
+        return None
+    from fewbit.kernels import _cuda_choice
+
+    return _cuda_choice.chooser(device)
+
+
+def ceilings(device: torch.device) -> Ceilings | None:
+    """None where the native kernels of this device are not there."""
+    if device.type == "cpu":
+        from fewbit.kernels import _ceilings
+
+        return _ceilings.ceilings()
+    from fewbit.kernels import _card_ceilings
+
+    return _card_ceilings.card_ceilings(device)

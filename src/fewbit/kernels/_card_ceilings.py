@@ -7,8 +7,7 @@ from ctypes import c_longlong, c_void_p
 
 import torch
 
-from fewbit.kernels import _nvrtc
-from fewbit.kernels._ceilings import Ceiling
+from fewbit.kernels import Ceiling, _nvrtc
 
 # far beyond any card's cache, and a product that fills every card
 MOST_BYTES = 2 << 30

@@ -11,11 +11,11 @@ import mmap
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from fewbit.kernels import Ceiling
 from fewbit.kernels.cpu import Cpu, backend
 
 # a buffer of this many bytes, or as many last-level caches
@@ -24,14 +24,6 @@ CACHES = 8
 # seconds that one pass of multiplying should take: long beside waking a thread
 DOT_SECONDS = 0.02
 _SYSTEM = Path("/")
-
-
-@dataclass(frozen=True)
-class Ceiling:
-    """Bytes read a second; integer multiply-adds a second. Of all threads together."""
-
-    read_rate: float
-    dot_rate: float
 
 
 class Ceilings:

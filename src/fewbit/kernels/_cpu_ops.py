@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.kernels.ops import Batch, Layer, Ops, Product, Stack, cached_width
+from fewbit.kernels.ops import INT4, Batch, Layer, Ops, Product, Stack, cached_width
 
 # a step of more tokens is a native call for each layer, between which Python looks for signals (Ctrl-C)
 MOST_TOKENS_AT_ONCE = 16
 # the caches that native code reads and writes, and its numbers for them
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
-CACHES = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
+CACHES = {torch.float32: 0, torch.float16: 1, torch.int8: 2, INT4: 3}
 
 
 def _is_rows(t: Tensor, columns: int) -> bool:
@@ -200,9 +200,9 @@ class NativeStack(Stack):
         super().__init__(ops, layers)
 
     def allocate(self, rows: int, dtype: torch.dtype) -> None:
-        """Room for `rows` tokens; ValueError where `dtype` is not float32, float16 or int8."""
+        """Room for `rows` tokens; ValueError where `dtype` is not float32, float16, int8 or INT4."""
         if dtype not in CACHES:
-            raise ValueError(f"caches must be float32, float16 or int8, got {dtype}")
+            raise ValueError(f"caches must be float32, float16, int8 or uint8 (4 bits), got {dtype}")
         super().allocate(rows, dtype)
         for i, (keys, values) in enumerate(self.caches):
             self.native.set_cache(i, keys.data_ptr(), values.data_ptr(), CACHES[dtype], rows)

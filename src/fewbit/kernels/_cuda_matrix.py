@@ -282,7 +282,9 @@ def _largest(some: _Rows, kind: Kind) -> float:
 
 
 def _factor(largest: float) -> float:
-    """1 where halves hold weights up to `largest` well, else the power of two that brings them there."""
-    if not 0 < largest < math.inf or 2.0**-6 <= largest < 2.0**15:
+    """1 where halves hold weights up to `largest` well, and 512 times their scales, else the power of two that brings
+    them there.
+    """
+    if not 0 < largest < math.inf or 2.0**-6 <= largest < 2.0**6:
         return 1.0
-    return 2.0 ** max(-126, min(126, 10 - math.frexp(largest)[1]))
+    return 2.0 ** max(-126, min(126, 5 - math.frexp(largest)[1]))

@@ -93,4 +93,5 @@ class Layer:
         """Whether it has no more parts than Llama's."""
         extras = (self.attention_after, self.mlp_after, self.q_norm, self.k_norm, self.scale, self.turned, self.experts)
         nothing = self.soft_cap == 0 and self.window == 0 and self.rotation == 0
-        return nothing and all(extra is None for extra in extras) and None not in (self.attention_norm, self.mlp_norm)
+        normed = self.attention_norm is not None and self.mlp_norm is not None
+        return nothing and normed and all(extra is None for extra in extras)

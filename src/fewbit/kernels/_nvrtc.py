@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def missing() -> str | None:
     """Why nothing can be compiled or launched here, in words; None where it can."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA card"
-    return None if _bindings() else f"cuda-bindings or NVRTC ({extra()}) can't be loaded"
+    return lacking()
 
 
 def extra() -> str:
@@ -44,27 +45,32 @@ def extra() -> str:
     return "fewbit[cuda12]" if (torch.version.cuda or "").startswith("12.") else "fewbit[cuda]"
 
 
-@lru_cache(maxsize=1)
-def _bindings() -> tuple[Any, Any] | None:
-    """cuda.bindings' driver and nvrtc; None where they or NVRTC itself are not there."""
+@cache
+def lacking() -> str | None:
+    """What of the extra is not there, in words; None where the compiler can be called."""
+    if not importlib.util.find_spec("cuda") or not importlib.util.find_spec("cuda.bindings"):
+        return f"cuda-bindings is not installed (the extra {extra()} has it)"
     try:
-        from cuda.bindings import driver, nvrtc
+        _imported()
+    except ImportError as error:
+        return f"cuda-bindings can't be imported: {error}"
+    except RuntimeError as error:
+        return f"NVRTC's library can't be loaded (the extra {extra()} has it): {str(error).splitlines()[0]}"
+    return None
 
-        nvrtc.nvrtcVersion()
-    except (ImportError, RuntimeError):
-        return None
+
+@cache
+def _imported() -> tuple[Any, Any]:
+    from cuda.bindings import driver, nvrtc
+
+    nvrtc.nvrtcVersion()
     return driver, nvrtc
 
 
 def _both() -> tuple[Any, Any]:
-    found = _bindings()
-    if found is None:
-        raise FewbitError(
-            "The CUDA kernels can't be compiled.",
-            "cuda-bindings or NVRTC can't be imported.",
-            f"Install {extra()}, or run on the CPU.",
-        )
-    return found
+    if reason := lacking():
+        raise FewbitError("The CUDA kernels can't be compiled.", f"{reason}.", f"Install {extra()}, or run on the CPU.")
+    return _imported()
 
 
 class Arguments:
@@ -256,7 +262,9 @@ def _options(arch: int, defines: Mapping[str, object]) -> list[str]:
     # machine code runs on later minor versions, not on later major ones
     kind = "sm" if older[-1] // 10 == arch // 10 else "compute"
     given = [f"-D{key}={value}" for key, value in sorted(defines.items())]
-    return [f"--gpu-architecture={kind}_{older[-1]}", "--std=c++17", "-default-device", *given]
+    # wgmma is no part of plain sm_90, which has no other minor version either
+    exact = "a" if older[-1] == arch == 90 else ""
+    return [f"--gpu-architecture={kind}_{older[-1]}{exact}", "--std=c++17", "-default-device", *given]
 
 
 def compiled(source: str, defines: Mapping[str, object], arch: int) -> bytes:
@@ -312,3 +320,13 @@ def _launch_error(driver: Any, name: str, status: Any, facts: str) -> FewbitErro
     _, text = driver.cuGetErrorString(status)
     words = text.decode() if isinstance(text, bytes) else str(status)
     return FewbitError(f"The CUDA kernel {name} did not run.", f"{words}; {facts}.", "Run on the CPU, and report this.")
+
+
+def run(kernel: Kernel, grid: tuple[int, int, int], threads: int, *args: Any) -> None:
+    """Launch a kernel that waits for the one before it by itself, and so may start early."""
+    kernel.launch(grid, (threads, 1, 1), args, dependent=True)
+
+
+def pointers(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
+    """Where they lie, as arguments; 0 for None."""
+    return [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in tensors]

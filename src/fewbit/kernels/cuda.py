@@ -1,10 +1,11 @@
 """fewbit's own kernels for NVIDIA cards from sm_80 on: packed weights of 2 to 8 bits times activations in half.
 
 Activations are rounded to halves once, each token first scaled by a power of two where its magnitude asks for it;
-weights are exact; sums are in float32. Up to `FUSED_TOKENS` tokens the packed weights are multiplied as they are, in
-one pass over them for 8, 16 or 32 tokens. More tokens: weights are written out as halves, rounded, in slices of at most
-64 MB, and multiplied by cuBLAS. A token's results may depend on how many tokens are beside it (1 to 8, 9 to 16, more),
-never on what they are. 7-bit codes take a byte. The sources are compiled at first use (see _nvrtc.py).
+weights are exact; sums are in float32. Up to `fused_tokens` the packed weights are multiplied as they are (see
+_cuda_products.py). More tokens: weights are written out as halves, rounded, in slices of at most 64 MB, and multiplied
+by cuBLAS. On Hopper cards more than 32 tokens have a kernel of their own (_cuda_hopper.py), which rounds weights to
+halves on the way. A token's results may depend on how many tokens are beside it, never on what they are. 7-bit codes
+take a byte. The sources are compiled at first use (see _nvrtc.py).
 
 Tensors on the CPU are copied to the card and the results back.
 """
@@ -12,62 +13,29 @@ Tensors on the CPU are copied to the card and the results back.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from fewbit.errors import FewbitError
-from fewbit.kernels import Backend, Packed, _cuda_matrix, _nvrtc
+from fewbit.kernels import Backend, Packed, _cuda_hopper, _cuda_matrix, _nvrtc
+from fewbit.kernels._cuda_halves import Halves
+from fewbit.kernels._cuda_hopper import Swizzled
 from fewbit.kernels._cuda_layout import COLUMNS, Kind, tiles_of
 from fewbit.kernels._cuda_matrix import Part
-from fewbit.kernels._cuda_shapes import Shape, shape_for
-from fewbit.kernels._nvrtc import Arguments, Kernel
+from fewbit.kernels._cuda_products import exact_tokens, fused_tokens, partial_room, product, weights
+from fewbit.kernels._nvrtc import Kernel
 from fewbit.qtensor import QTensor
 
 DEVICES = ("cuda",)
-# tokens that are multiplied without writing the weights out
+# tokens that every card multiplies without writing the weights out
 FUSED_TOKENS = 128
 # bytes of weights that are written out at a time
 EXPANDED_BYTES = 64 << 20
 LEAST_ARCH = 80
 # of halve.cu
 HALVE_THREADS = 1024
-
-
-class _Weights(ctypes.Structure):
-    _fields_ = (("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("shifts", ctypes.c_void_p))
-
-
-class _Output(ctypes.Structure):
-    _fields_ = (
-        ("token_scales", ctypes.c_void_p),
-        ("add", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("stride", ctypes.c_int),
-        ("rows", ctypes.c_int),
-        ("pair", ctypes.c_int),
-    )
-
-
-@dataclass(frozen=True)
-class Halves:
-    """Activations as the product takes them.
-
-    values  float16 [padded / 32, tokens, 32]: column c of a token at [c // 32, token, c % 32]; zeros from `columns` up
-            to `padded`, the next multiple of 128
-    scales  float32 [tokens] that the products are multiplied by, or None where all are 1
-    """
-
-    values: Tensor
-    scales: Tensor | None
-    columns: int
-
-    @property
-    def tokens(self) -> int:
-        """How many there are."""
-        return int(self.values.shape[1])
 
 
 class Cuda(Backend):
@@ -94,6 +62,7 @@ class Cuda(Backend):
             kinds.append(found)
         device = torch.device("cuda", torch.cuda.current_device())
         parts = _cuda_matrix.build(tensors, kinds, device)
+        partial_room(device.index)
         splits = tuple(q.shape[0] for q in tensors)
         return Packed((sum(splits), columns), splits, parts, sum(p.nbytes for p in parts))
 
@@ -105,17 +74,30 @@ class Cuda(Backend):
         there = x.to(_device(packed))
         if len(x) == 0:
             return torch.empty(0, rows, device=x.device)
-        y = self.multiply(self.halve(there), packed) if len(x) <= FUSED_TOKENS else self._dense(there, packed)
+        few = len(x) <= self.fused_tokens(packed)
+        y = self.multiply(self.halve(there), packed) if few else self._dense(there, packed)
         return y.to(x.device)
 
-    def halve(self, x: Tensor) -> Halves:
+    def fused_tokens(self, packed: Packed) -> int:
+        """How many tokens are multiplied without writing the weights out."""
+        return min(fused_tokens(part) for part in packed.data)
+
+    def exact_tokens(self, packed: Packed) -> int:
+        """How many tokens are multiplied by weights that are not rounded to halves."""
+        return min(exact_tokens(part) for part in packed.data)
+
+    def halve(self, x: Tensor) -> Halves | Swizzled:
         """x [T, in] float32 on a card, rows at any distance -> what `multiply` and `gated` take."""
         tokens, columns = x.shape
+        if _cuda_hopper.takes(x.device.index, tokens):
+            return _cuda_hopper.halve(x)
         padded = tiles_of(columns) * COLUMNS
         values = torch.empty(padded // 32, tokens, 32, dtype=torch.float16, device=x.device)
         return Halves(values, _halve(x, values, padded, tokens * 32, 32), columns)
 
-    def multiply(self, x: Halves, packed: Packed, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def multiply(
+        self, x: Halves | Swizzled, packed: Packed, add: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """-> [T, out] float32, plus `add` (the same shape, contiguous) where given; into `out` (contiguous) if given.
 
         `out` may be `add`. The kernel is launched as dependent on what ran before it (see Kernel.launch).
@@ -125,21 +107,21 @@ class Cuda(Backend):
         _check(x, packed, {"out": y, "add": add}, shape)
         for part in packed.data:
             skip = part.first * 4
-            _product(part, x, y.data_ptr() + skip, 0 if add is None else add.data_ptr() + skip, shape[1], gated=False)
+            product(part, x, y.data_ptr() + skip, 0 if add is None else add.data_ptr() + skip, shape[1], gated=False)
         return y
 
     def can_gate(self, packed: Packed) -> bool:
         """Whether `gated` takes it: two matrices of one shape and kind, of a multiple of 16 rows."""
         return len(packed.data) == 1 and packed.data[0].pair > 0
 
-    def gated(self, x: Halves, packed: Packed, out: Tensor | None = None) -> Tensor:
+    def gated(self, x: Halves | Swizzled, packed: Packed, out: Tensor | None = None) -> Tensor:
         """silu(first matrix' product) * second's -> [T, out / 2] float32; ValueError where not `can_gate`."""
         if not self.can_gate(packed):
             raise ValueError("gated wants two matrices of one shape and kind")
         shape = (x.tokens, packed.shape[0] // 2)
         y = torch.empty(shape, device=x.values.device) if out is None else out
         _check(x, packed, {"out": y}, shape)
-        _product(packed.data[0], x, y.data_ptr(), 0, shape[1], gated=True)
+        product(packed.data[0], x, y.data_ptr(), 0, shape[1], gated=True)
         return y
 
     def _dense(self, x: Tensor, packed: Packed) -> Tensor:
@@ -166,7 +148,7 @@ class Cuda(Backend):
         for part in packed.data if len(ids) else ():
             kernel = _expanding(part.kind, there.device.index)["gather"]
             sizes = [ctypes.c_int(n) for n in (part.rows, part.columns, part.tiles, part.pair, part.first)]
-            args = (_weights(part), _pointer(there), _pointer(y), *sizes)
+            args = (weights(part), _pointer(there), _pointer(y), *sizes)
             kernel.launch((len(ids), -(-part.tiles // 32), 1), (128, 1, 1), args)
         return y.to(ids.device)
 
@@ -176,7 +158,7 @@ def _device(packed: Packed) -> torch.device:
     return part.codes.device
 
 
-def _check(x: Halves, packed: Packed, tensors: dict[str, Tensor | None], shape: tuple[int, int]) -> None:
+def _check(x: Halves | Swizzled, packed: Packed, tensors: dict[str, Tensor | None], shape: tuple[int, int]) -> None:
     if x.columns != packed.shape[1] or x.values.device != _device(packed):
         raise ValueError(
             f"activations of {x.columns} columns on {x.values.device}, "
@@ -198,10 +180,6 @@ def _pointer(t: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if t is None else t.data_ptr())
 
 
-def _weights(part: Part) -> _Weights:
-    return _Weights(part.codes.data_ptr(), part.scales.data_ptr(), 0 if part.shifts is None else part.shifts.data_ptr())
-
-
 def _halve(x: Tensor, halves: Tensor, padded: int, block_step: int, token_step: int) -> Tensor:
     """Column c of a token goes to c // 32 * block_step + token * token_step + c % 32; -> scales [T]."""
     if x.stride(1) != 1:
@@ -221,19 +199,6 @@ def _halve(x: Tensor, halves: Tensor, padded: int, block_step: int, token_step: 
     return scales
 
 
-def _product(part: Part, x: Halves, out: int, add: int, stride: int, gated: bool) -> None:
-    """One launch: `part` times all tokens of x."""
-    device = part.codes.device.index
-    wide = 1 if x.tokens <= 8 else 2 if x.tokens <= 16 else 4
-    shape = shape_for(part.kind, part.blocks, part.tiles, wide, _nvrtc.most_shared(device))
-    output = _Output(0 if x.scales is None else x.scales.data_ptr(), add, out, stride, part.rows, part.pair)
-    counts = [ctypes.c_int(n) for n in (part.blocks, part.tiles, x.tokens)]
-    args = Arguments(_weights(part), _pointer(x.values), output, *counts)
-    grid = (-(-part.blocks // (shape.row_warps * shape.row_blocks)), -(-x.tokens // (8 * wide)), 1)
-    kernel = _multiplying(part.kind, shape, wide, gated, device)
-    kernel.launch(grid, (32 * shape.warps, 1, 1), args, shape.shared(part.kind), dependent=True)
-
-
 def _dense_part(part: Part, halves: Tensor, y: Tensor) -> None:
     width = part.tiles * COLUMNS
     count = max(1, EXPANDED_BYTES // (64 * width))
@@ -242,7 +207,7 @@ def _dense_part(part: Part, halves: Tensor, y: Tensor) -> None:
     for first in range(0, part.blocks, count):
         blocks = min(count, part.blocks - first)
         sizes = [ctypes.c_int(n) for n in (first, blocks, part.tiles, part.pair)]
-        args = (_weights(part), _pointer(room), *sizes, ctypes.c_float(part.factor))
+        args = (weights(part), _pointer(room), *sizes, ctypes.c_float(part.factor))
         kernel.launch((blocks, -(-part.tiles // 4), 1), (128, 1, 1), args)
         if part.pair:
             rows = min(16 * blocks, part.pair - 16 * first)
@@ -261,12 +226,6 @@ def _plain(device: int) -> dict[str, Kernel]:
 @cache
 def _expanding(kind: Kind, device: int) -> dict[str, Kernel]:
     return _nvrtc.module("expand.cu", ("expand", "gather"), kind.defines(), device)
-
-
-@cache
-def _multiplying(kind: Kind, shape: Shape, wide: int, gated: bool, device: int) -> Kernel:
-    defines = kind.defines() | shape.defines() | {"NT": wide, "GATED": int(gated)}
-    return _nvrtc.module("product.cu", ("product",), defines, device)["product"]
 
 
 def backend() -> Cuda | None:

@@ -36,8 +36,12 @@ class Batch:
     wanted: Tensor | None = None
 
 
-# keys and values of one layer, as `cached` makes them: float [R, KV, D] each, or int8 [R, KV, D + 2]
+# keys and values of one layer, as `cached` makes them: float [R, KV, D] each, or int8 or INT4 [R, KV, cached_width]
 Cache = tuple[Tensor, Tensor]
+# the dtype of a cache in 4 bits: its elements are bytes
+INT4 = torch.uint8
+# numbers that share a scale in it
+INT4_GROUP = 32
 # magnitudes beyond float16's largest are held there: an infinity would make all scores NaN
 LARGEST_CACHED = torch.finfo(torch.float16).max
 
@@ -72,11 +76,14 @@ class Ops:
         """Rotate q [T, H, D] and k [T, KV, D] by cos, sin [T, D/2] (Su et al. 2021; halves, not pairs); write the
         rotated k and v [T, KV, D] to rows `slots` of the caches as `cached` says; return the rotated q [T, H, D].
 
-        For int8, keys are spread before they are rounded, and q with them: their products stay what they are.
+        In int8 and INT4, keys are spread before they are rounded, and q with them: their products stay what they are.
+        In INT4 values are, too, and what `attend` makes of them is spread back.
         """
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if k_cache.dtype is torch.int8:
+        if k_cache.dtype in (torch.int8, INT4):
             q, k = spread(q), spread(k)
+        if v_cache.dtype is INT4:
+            v = spread(v)
         k_cache[slots] = cached(k, k_cache.dtype)
         v_cache[slots] = cached(v, v_cache.dtype)
         return q
@@ -106,8 +113,8 @@ class Ops:
             fresh = last - first
             mask = visible(length, fresh, window, q.device) if fresh > 1 or 0 < window < length else None
             new, k, v = (x.transpose(0, 1)[None] for x in (q[first:last], k, v))
-            y = attention(new, k, v, mask, scale, soft_cap)
-            out[first:last] = y[0].transpose(0, 1).reshape(fresh, heads * width)
+            y = attention(new, k, v, mask, scale, soft_cap)[0].transpose(0, 1)
+            out[first:last] = (spread(y) if v_cache.dtype is INT4 else y).reshape(fresh, heads * width)
         return out
 
     def layer(self, x: Tensor, layer: Layer, cache: Cache, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
@@ -139,15 +146,20 @@ class Ops:
         return self.rms_norm(x.reshape(-1, columns), weight, eps).view(x.shape)
 
     def mixture(self, x: Tensor, experts: Experts, activation: str) -> Tensor:
-        """x [T, d] -> [T, d]: each token through its experts."""
+        """x [T, d] -> [T, d]: each token through its experts, an expert's tokens together."""
         chosen, weights = self.route(x, experts)
-        out = torch.zeros_like(x)
-        # in the order of the experts, so that a token's sum has one order
-        for e in chosen.unique().tolist():
-            tokens, place = (chosen == e).nonzero(as_tuple=True)
-            y = self.expert(x.index_select(0, tokens), experts, e, tokens, activation)
-            out = out.index_add(0, tokens, y * weights[tokens, place, None])
-        return out
+        flat = chosen.flatten()
+        order = flat.argsort(stable=True)
+        tokens = (order // experts.used).split(flat.bincount(minlength=len(experts.down)).tolist())
+        parts = [
+            self.expert(x.index_select(0, mine), experts, e, mine, activation)
+            for e, mine in enumerate(tokens)
+            if len(mine)
+        ]
+        # back in the order of tokens: adding up where they lie would have no fixed order on a card
+        found = torch.cat(parts)[order.argsort()].unflatten(0, chosen.shape)
+        summed: Tensor = (found * weights[..., None]).sum(1)
+        return summed
 
     def route(self, x: Tensor, experts: Experts, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The experts each token of x [T, d] takes, int64 [T, used], and what each counts, float32 [T, used].
@@ -185,12 +197,11 @@ class Stack:
 
     def allocate(self, rows: int, dtype: torch.dtype) -> None:
         """Room for `rows` tokens. Memory is only touched when written, so a large context costs nothing unused."""
-        shapes = [(rows, layer.kv_heads, cached_width(layer.width, dtype)) for layer in self.layers]
-        devices = [layer.norm.device for layer in self.layers]
-        self.caches = [
-            (torch.empty(s, dtype=dtype, device=on), torch.empty(s, dtype=dtype, device=on))
-            for s, on in zip(shapes, devices, strict=True)
-        ]
+        self.caches = []
+        for layer in self.layers:
+            on = layer.norm.device
+            keys, values = (empty_cache(rows, layer.kv_heads, layer.width, dtype, on) for _ in range(2))
+            self.caches.append((keys, values))
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         """x [T, d], cos and sin [T, D/2] of the tokens' positions -> [T, d]; appends to the caches.
@@ -254,8 +265,22 @@ def spread(x: Tensor) -> Tensor:
 
 
 def cached_width(width: int, dtype: torch.dtype) -> int:
-    """Elements that a head of `width` numbers takes in a cache of this dtype."""
+    """Elements that a head of `width` numbers, an even number, takes in a cache of this dtype."""
+    if dtype is INT4:
+        return width // 2 + 4 * -(-width // INT4_GROUP)
     return width + 2 if dtype is torch.int8 else width
+
+
+def heads_apart(width: int, dtype: torch.dtype, device: str) -> int:
+    """Elements from one head of a cache to the next on a kind of device: a card reads eight codes of 8 bits at once."""
+    count = cached_width(width, dtype)
+    return -(-count // 8) * 8 if dtype is torch.int8 and device != "cpu" else count
+
+
+def empty_cache(rows: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for the keys or the values of `rows` tokens [rows, heads, cached_width]."""
+    whole = torch.empty(rows, heads, heads_apart(width, dtype, device.type), dtype=dtype, device=device)
+    return whole[..., : cached_width(width, dtype)]
 
 
 def cached(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -263,7 +288,11 @@ def cached(x: Tensor, dtype: torch.dtype) -> Tensor:
 
     int8 [..., D + 2]: a head's scale is its largest magnitude / 127 in bfloat16 (two bytes behind the codes, their low
     one first), its codes x / scale rounded to nearest. NaN makes the scale NaN, and so the whole head.
+    INT4: two codes a byte, the first in the low half, then for each group of 32 numbers its scale and its least number,
+    float16: x is scale * code + least, the scale a 15th of the group's range, codes rounded to nearest.
     """
+    if dtype is INT4:
+        return _nibbles(x.clamp(-LARGEST_CACHED, LARGEST_CACHED))
     if dtype is torch.int8:
         largest = x.abs().amax(-1, keepdim=True).clamp(max=LARGEST_CACHED)
         scale = (largest / 127).bfloat16()
@@ -278,10 +307,36 @@ def cached(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def uncached(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """What `cached` made of [..., D], in the dtype of the computation."""
+    if rows.dtype is INT4:
+        return _of_nibbles(rows).to(dtype)
     if rows.dtype is not torch.int8:
         return rows.to(dtype)
     scale = rows[..., -2:].contiguous().view(torch.bfloat16)
     return rows[..., :-2].to(dtype) * scale.to(dtype)
+
+
+def _nibbles(x: Tensor) -> Tensor:
+    codes, numbers = [], []
+    for group in x.float().split(INT4_GROUP, -1):
+        least, most = group.amin(-1, keepdim=True), group.amax(-1, keepdim=True)
+        # of two zeros the positive one
+        params = torch.cat(((most - least) / 15, least + 0.0), dim=-1).half()
+        scale, least = params.float().split(1, -1)
+        # a group of one number everywhere has the code 0, and so has one that is NaN
+        codes.append(torch.where(scale > 0, ((group - least) / scale).round().clamp(0, 15), 0).to(torch.uint8))
+        numbers.append(params.view(torch.uint8))
+    low, high = torch.cat(codes, -1).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.cat((low | high << 4, *numbers), dim=-1)
+
+
+def _of_nibbles(rows: Tensor) -> Tensor:
+    # the width follows from the bytes: a whole group has 16 and 4, the last one may be shorter
+    groups = -(-rows.shape[-1] // (INT4_GROUP // 2 + 4))
+    pairs, params = rows.split((rows.shape[-1] - 4 * groups, 4 * groups), -1)
+    codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2).float()
+    scale, least = params.clone().view(torch.float16).float().unflatten(-1, (groups, 2)).unbind(-1)
+    parts = zip(codes.split(INT4_GROUP, -1), scale.split(1, -1), least.split(1, -1), strict=True)
+    return torch.cat([part * by + start for part, by, start in parts], dim=-1)
 
 
 def _gather(cache: Tensor, pages: Tensor, page_size: int, length: int) -> Tensor:

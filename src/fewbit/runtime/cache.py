@@ -4,6 +4,7 @@ sequence; pages need not be neighbours.
 
 from __future__ import annotations
 
+from collections import abc
 from dataclasses import dataclass, field
 
 from fewbit.errors import FewbitError
@@ -29,6 +30,31 @@ class Sequence:
         )
 
 
+# sequences with the new tokens of each
+Steps = abc.Sequence[tuple[Sequence, abc.Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class FlatStep:
+    """The new tokens of several sequences, one after the other, as `kernels.ops.Batch` has them."""
+
+    ids: list[int]
+    positions: list[int]
+    # cache row of each
+    slots: list[int]
+    # first new token of each sequence, and the one behind the last
+    starts: list[int]
+    # of the sequences, with their new tokens
+    lengths: list[int]
+    # of each sequence
+    pages: list[list[int]]
+
+    def table(self) -> list[list[int]]:
+        """The pages, filled up to the same number everywhere."""
+        longest = max(len(pages) for pages in self.pages)
+        return [pages + [0] * (longest - len(pages)) for pages in self.pages]
+
+
 class PageAllocator:
     """Hands out pages and takes them back."""
 
@@ -48,6 +74,21 @@ class PageAllocator:
                 "Load the model with a larger context (`--context`).",
             )
         sequence.pages += [self.free.pop() for _ in range(missing)]
+
+    def lay_out(self, steps: Steps) -> FlatStep:
+        """Where the new tokens of a step go, with pages reserved for them; the sequences' ids are left as they are."""
+        flat = FlatStep([], [], [], [0], [], [])
+        for sequence, new in steps:
+            have = len(sequence.ids)
+            places = range(have, have + len(new))
+            self.reserve(sequence, places.stop)
+            flat.ids.extend(new)
+            flat.positions.extend(places)
+            flat.slots.extend(sequence.slot(p, self.page_size) for p in places)
+            flat.starts.append(len(flat.slots))
+            flat.lengths.append(places.stop)
+            flat.pages.append(sequence.pages)
+        return flat
 
     def truncate(self, sequence: Sequence, tokens: int) -> None:
         """Forget all but the first `tokens` tokens and give back the pages behind them."""

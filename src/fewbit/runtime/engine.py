@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,12 +17,13 @@ from torch import Tensor
 from fewbit import kernels
 from fewbit.errors import FewbitError
 from fewbit.fetching import Fetcher
-from fewbit.kernels.ops import Batch, Ops
+from fewbit.kernels.ops import INT4, Batch
 from fewbit.layers import Weights
 from fewbit.prepared import PreparedLayouts
 from fewbit.qtensor import QTensor
-from fewbit.runtime.cache import PAGE_SIZE, PageAllocator
+from fewbit.runtime.cache import PAGE_SIZE, PageAllocator, Steps
 from fewbit.runtime.cache import Sequence as CachedSequence
+from fewbit.runtime.decoding import decode, not_finite
 from fewbit.runtime.generation import Generation
 from fewbit.runtime.graphs import StepGraphs
 from fewbit.runtime.placement import CARD_CHUNK, PREFILL_CHUNK, CardMemoryError, Placement, out_of_memory, place
@@ -33,9 +34,7 @@ from fewbit.tokenizer import Tokenizer
 Progress = Callable[[int, int, str], None]
 DEFAULT_CONTEXT = 8192
 # how keys and values may be kept, the default first
-CACHES = {"16bit": torch.float16, "int8": torch.int8}
-# sequences with the new tokens of each
-Steps = Sequence[tuple[CachedSequence, Sequence[int]]]
+CACHES = {"16bit": torch.float16, "int8": torch.int8, "int4": INT4}
 
 
 class LanguageModel:
@@ -86,9 +85,7 @@ class LanguageModel:
 
     def _load(self, progress: Progress | None) -> Any:
         source, total = self.source, len(self.source.weights)
-        ops = self.backends[0].ops
-        if self.device.type == "cuda":
-            ops = _card_ops(self.device, self.exact)
+        ops = kernels.ops_on(self.device, self.exact)
         prepared = None
         if self.device.type == "cpu" and source.path.exists():
             shapes = {w.name: w.shape for w in source.weights}
@@ -149,28 +146,21 @@ class LanguageModel:
 
     def _step(self, steps: Steps, wanted: list[int] | None) -> Tensor:
         """Logits; pages are reserved, the sequences' ids are left as they are."""
-        ids = [i for _, new in steps for i in new]
-        slots: list[int] = []
-        positions: list[int] = []
-        starts = [0]
-        for sequence, new in steps:
-            have = len(sequence.ids)
-            self.allocator.reserve(sequence, have + len(new))
-            positions += range(have, have + len(new))
-            slots += (sequence.slot(p) for p in range(have, have + len(new)))
-            starts.append(len(slots))
-        lengths = [len(s.ids) + len(new) for s, new in steps]
-        single = len(ids) == len(steps) and all(len(new) == 1 for _, new in steps)
-        if self._graphs and wanted is None and single and self._graphs.takes(len(steps)):
-            return self._graphs.run(ids, positions, slots, lengths, [s.pages for s, _ in steps])
-        longest = max(len(sequence.pages) for sequence, _ in steps)
-        pages = [page for s, _ in steps for page in s.pages + [0] * (longest - len(s.pages))]
-        if wanted is None:
-            wanted = [i - 1 for i in starts[1:]]
-        cut = _tensors(self.device, ids, positions, slots, pages, lengths, starts, wanted)
-        batch = Batch(cut[2], cut[3].view(len(steps), longest), cut[4], cut[5], PAGE_SIZE, cut[6])
-        logits: Tensor = self.model(cut[0], cut[1], batch)
-        return logits
+        f = self.allocator.lay_out(steps)
+        self._check_ids(f.ids)
+        if self._graphs and wanted is None and len(f.ids) == len(steps) and self._graphs.takes(len(steps)):
+            return self._graphs.run(f.ids, f.positions, f.slots, f.lengths, f.pages)
+        wanted = wanted if wanted is not None else [i - 1 for i in f.starts[1:]]
+        table = [page for pages in f.table() for page in pages]
+        cut = _tensors(self.device, f.ids, f.positions, f.slots, table, f.lengths, f.starts, wanted)
+        batch = Batch(cut[2], cut[3].view(len(steps), -1), cut[4], cut[5], PAGE_SIZE, cut[6])
+        return cast(Tensor, self.model(cut[0], cut[1], batch))
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        # a card told of a row that is not there gives nothing back to this process any more
+        size = self.source.args.vocab_size
+        if min(ids) < 0 or max(ids) >= size:
+            raise IndexError(f"token ids must lie in 0 .. {size - 1}, got {min(ids)} .. {max(ids)}")
 
     def prefill(self, sequence: CachedSequence, ids: Sequence[int], owner: object = None) -> Tensor:
         """Run a prompt (or the next token) in chunks -> logits [vocab] of its last token.
@@ -199,35 +189,18 @@ class LanguageModel:
     ) -> Iterator[int]:
         """At most `count` tokens that follow from `logits` [vocab], added to `history` one by one.
 
-        On a card the next step begins before the host knows its token: what it does for the last token is forgotten.
         Raises as `prefill` does.
         """
-        ahead = self._graphs is not None and not sampler.looks_back
-        for i in range(count):
-            following: Tensor | None = None
-            if ahead and (choice := sampler.start(logits)) is not None:
-                if i + 1 < count:
-                    following = self._step_ahead(sequence, choice.ids, owner)
-                token = choice.tokens()[0]
-            else:
-                token = sampler(logits, history)
-            if token < 0:
-                raise not_finite(logits, len(sequence.ids))
-            history.append(token)
-            yield token
-            if i + 1 == count:
-                return
-            if following is None:
-                logits = self.prefill(sequence, [token], owner)
-                continue
-            with self._lock:
-                self._check_owner(sequence, owner)
-                sequence.ids.append(token)
-            logits = following
+        return decode(self, sequence, logits, sampler, history, count, owner)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may begin with a token that only the device knows."""
+        return self._graphs is not None
 
     @torch.inference_mode()
-    def _step_ahead(self, sequence: CachedSequence, ids: Tensor, owner: object) -> Tensor:
-        """A step with a token [1] that the card knows; the caller adds it to the sequence's ids -> logits [vocab]."""
+    def step_ahead(self, sequence: CachedSequence, ids: Tensor, owner: object) -> Tensor:
+        """A step with a token [1] that the card knows -> logits [vocab]; it counts once `keep` is told the token."""
 
         def step() -> Tensor:
             have, graphs = len(sequence.ids), self._graphs
@@ -238,6 +211,12 @@ class LanguageModel:
         with self._lock:
             self._check_owner(sequence, owner)
             return self._guarded(step, [sequence])[0]
+
+    def keep(self, sequence: CachedSequence, token: int, owner: object) -> None:
+        """`token` is what the step ahead ran. Raises FewbitError where a newer answer has taken the sequence."""
+        with self._lock:
+            self._check_owner(sequence, owner)
+            sequence.ids.append(token)
 
     def generate(
         self,
@@ -334,25 +313,6 @@ def placed(source: Source, device: str, exact: bool, context: int | None, cache:
     return place(device, source, checked_context(source, context), exact, cache_dtype(exact, cache))
 
 
-def not_finite(logits: Tensor, tokens: int) -> FewbitError:
-    """The model's output after `tokens` tokens can't be sampled from."""
-    broken = int((~torch.isfinite(logits)).sum())
-    return FewbitError(
-        "The model's output is not a number.",
-        f"{broken:,} of {logits.numel():,} logits after {tokens} tokens.",
-        "Its weights are damaged or overflow: try --exact, or `fewbit quantize`, which names a broken tensor.",
-    )
-
-
-def _card_ops(device: torch.device, exact: bool) -> Ops:
-    if exact:
-        return Ops()
-    # torch's part for cards is large, and most machines need none of it
-    from fewbit.kernels._cuda_ops import cuda_ops
-
-    return cuda_ops(device) or Ops()
-
-
 def _tensors(device: torch.device, *lists: Sequence[int]) -> tuple[Tensor, ...]:
     """int64 tensors of the lists: cut from one, which takes a third of the time that making each would."""
     flat = torch.tensor([i for part in lists for i in part], dtype=torch.int64)
@@ -419,8 +379,8 @@ def load(
     context  most tokens of a conversation (default: the model's own limit, at most 8192)
     threads  CPU threads (default: the cores this process may use)
     device   auto (a card that is there and has room, or the CPU, with `device_note` saying why), cpu, cuda, cuda:N
-    cache    keys and values in "16bit" (default), or in "int8": about half the memory, and less to read at long
-             contexts; on the CPU only, as yet. Exact runs keep them in float32 and refuse either.
+    cache    keys and values in "16bit" (default); in "int8": about half the memory, and less to read at long contexts;
+             or in "int4": less than a third, at a price in quality. Exact runs keep them in float32 and refuse all.
     Raises FewbitError where the model is missing, broken, of an unknown architecture, the context impossible, there is
     no such cache, or the named device is not there or too small.
     """
@@ -435,6 +395,5 @@ def load(
         if device != "auto":
             raise
         note = f"The CPU is used. {error.what} {error.facts}"
-    return LanguageModel(
-        source, exact, context, progress, cache, replace(placed(source, "cpu", exact, context, cache), note=note)
-    )
+    placement = replace(placed(source, "cpu", exact, context, cache), note=note)
+    return LanguageModel(source, exact, context, progress, cache, placement)

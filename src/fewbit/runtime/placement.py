@@ -8,13 +8,11 @@ from pathlib import Path
 
 import torch
 
+from fewbit import kernels
 from fewbit.errors import FewbitError
 from fewbit.formats import parse
 from fewbit.formats.integer import IntegerFormat
-from fewbit.kernels import triton
-from fewbit.kernels._cuda_layout import stored_span
-from fewbit.kernels._nvrtc import extra, missing
-from fewbit.kernels.ops import cached_width
+from fewbit.kernels.ops import heads_apart
 from fewbit.models import WeightInfo
 from fewbit.source import Source
 
@@ -94,15 +92,21 @@ def plan(source: Source, context: int, exact: bool, cached: torch.dtype, on_card
         w.name: 4 * counts[w.name] if exact or len(w.shape) == 1 or w.name in widened else stored[w.name]
         for w in source.weights
     }
-    cache = 2 * a.num_hidden_layers * context * a.num_key_value_heads
-    cache *= cached_width(a.head_dim, cached) * cached.itemsize
+    head = cached.itemsize * heads_apart(a.head_dim, cached, "cuda" if on_card else "cpu")
+    cache = 2 * a.num_hidden_layers * context * a.num_key_value_heads * head
     tokens = min(context, CARD_CHUNK if on_card else PREFILL_CHUNK)
     attention = (2 * a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_dim
+    # one layer's keys and values, read back for a prompt as halves or floats
+    expanded = (
+        0 if cached.is_floating_point else 2 * context * a.num_key_value_heads * a.head_dim * (2 if on_card else 4)
+    )
     # residual, its norm and what is added; then the widest of what attention and the gated product hold at once
-    activations = 4 * tokens * (3 * a.hidden_size + max(2 * attention, 3 * a.intermediate_size))
+    widest = max(2 * attention, 3 * a.intermediate_size, 3 * a.experts_used * a.hidden_size)
+    activations = 4 * tokens * (3 * a.hidden_size + widest)
     # a matrix is unpacked while it is laid out, or dequantized beside its place
     laid_out = max(counts[w.name] * (5 if w.name in widened else 2) for w in source.weights)
-    return Plan(sum(kept.values()), cache, activations + laid_out + 16 * 4 * a.vocab_size + (MARGIN if on_card else 0))
+    workspace = activations + expanded + laid_out + 16 * 4 * a.vocab_size + (MARGIN if on_card else 0)
+    return Plan(sum(kept.values()), cache, workspace)
 
 
 def _dequantized(source: Source) -> set[str]:
@@ -121,8 +125,7 @@ def _refused(source: Source, w: WeightInfo) -> bool:
     fmt = parse(source.spec(w.name))
     if not isinstance(fmt, IntegerFormat) or len(w.shape) != 2:
         return False
-    narrow = stored_span(fmt.span(w.shape[1]), w.shape[1]) is None
-    return (narrow and triton.missing() is not None) or source.scattered(w.name)
+    return kernels.refuses_groups("cuda", fmt.span(w.shape[1]), w.shape[1]) or source.scattered(w.name)
 
 
 def place(
@@ -141,12 +144,12 @@ def place(
     if not named:
         raise FewbitError(f"{device!r} is not a device.", "Devices: auto, cpu, cuda, cuda:N.", "Give one of these.")
     card = _named(int(named[1]) if named[1] else None)
-    if reason := _unusable(card, cached):
+    if reason := _unusable(card):
         raise FewbitError(f"The card cuda:{card.index} can't be used.", f"{reason}.", "Run with --device cpu.")
     wanted = plan(source, context, exact, cached)
     if wanted.total > card.free:
         raise too_large(wanted, card)
-    return Placement(torch.device("cuda", card.index), wanted, " ".join(_slower(exact)) or None)
+    return Placement(torch.device("cuda", card.index), wanted, _slower(exact))
 
 
 def _automatic(source: Source, context: int, exact: bool, cached: torch.dtype) -> Placement:
@@ -155,21 +158,21 @@ def _automatic(source: Source, context: int, exact: bool, cached: torch.dtype) -
         built = torch.version.cuda is not None
         note = "torch sees no CUDA card" if built else "this torch was built without CUDA"
         return Placement(CPU, on_cpu, f"There is a card, but {note}: the CPU is used." if _DRIVER.exists() else None)
-    if reason := _no_kernels():
+    if reason := kernels.missing("cuda"):
         return Placement(CPU, on_cpu, f"The CPU is used, not a card. {reason}.")
     found = cards()
     if not found:
         return Placement(CPU, on_cpu, "The CPU is used: no card said how much of its memory is free.")
     card = max(found, key=lambda c: (c.capability >= LEAST_CAPABILITY, c.free))
     wanted = plan(source, context, exact, cached)
-    reason = _unusable(card, cached)
+    reason = _unusable(card)
     if not reason and wanted.total > card.free:
         reason = f"{wanted}; {_gib(card.free)} of {card.name} are free"
     if reason:
         return Placement(CPU, on_cpu, f"The CPU is used, not the card cuda:{card.index}. {reason}.")
     several = f"One of {len(found)} cards is used, cuda:{card.index}: a model is not spread over several."
     notes = [several] if len(found) > 1 else []
-    return Placement(torch.device("cuda", card.index), wanted, " ".join(notes + _slower(exact)) or None)
+    return Placement(torch.device("cuda", card.index), wanted, " ".join(filter(None, (*notes, _slower(exact)))) or None)
 
 
 def _sees_cards() -> bool:
@@ -198,26 +201,15 @@ def _named(index: int | None) -> Card:
     return found[index]
 
 
-def _unusable(card: Card, cached: torch.dtype) -> str | None:
-    if cached is torch.int8:
-        return "keys and values are kept in 8 bits on the CPU only, as yet"
+def _unusable(card: Card) -> str | None:
     if card.capability < LEAST_CAPABILITY:
         have, need = (".".join(map(str, c)) for c in (card.capability, LEAST_CAPABILITY))
         return f"{card.name} has compute capability {have}; the kernels need {need}"
-    return _no_kernels()
+    return kernels.missing("cuda")
 
 
-def _no_kernels() -> str | None:
-    """Why nothing of fewbit's can multiply on a card, in words."""
-    reason = missing()
-    return f"{reason}; {without}" if reason and (without := triton.missing()) else None
-
-
-def _slower(exact: bool) -> list[str]:
-    """A sentence where Triton stands in for the CUDA kernels."""
-    if exact or not (reason := missing()):
-        return []
-    return [f"Products run through Triton, more slowly than they could: {reason}; `pip install '{extra()}'` helps."]
+def _slower(exact: bool) -> str | None:
+    return None if exact else kernels.slower("cuda")
 
 
 class CardMemoryError(FewbitError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +12,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import FewbitError
-
-if TYPE_CHECKING:
-    from fewbit.kernels._cuda_ops import Choice, Chooser
+from fewbit.kernels import Choice, chooser
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -70,6 +67,9 @@ class Sampler:
             self.random.seed()
         else:
             self.random.manual_seed(sampling.seed)
+        # which tokens [vocab] the repetition penalty has seen, on the device that chooses, after so many of a history
+        self._seen: Tensor | None = None
+        self._told = -1
 
     def __call__(self, logits: Tensor, history: Sequence[int]) -> int:
         """logits float32 [vocab]; `history` are the tokens the repetition penalty looks at.
@@ -77,30 +77,45 @@ class Sampler:
         Logits on a card are chosen from there, with other random numbers' places than here; -1 where one is not finite.
         """
         s = self.sampling
-        if s.repetition_penalty != 1.0 and history:
-            logits = _penalized(logits, history, s.repetition_penalty)
-        if logits.is_cuda and (choice := self.start(logits)):
+        # any history may be given here
+        self._told = -1
+        if choice := self.start(logits, history):
             return choice.tokens()[0]
         logits = logits.cpu()
+        if s.repetition_penalty != 1.0 and history:
+            logits = _penalized(logits, history, s.repetition_penalty)
         if s.temperature < GREEDY_BELOW:
             return greedy(logits)
         values, ids = candidates(np.divide(logits.numpy(), s.temperature, dtype=np.float32), s)
         return int(ids[self._draw(np.exp(values - values.max()))])
 
-    @property
-    def looks_back(self) -> bool:
-        """Whether it must know the tokens before."""
-        return self.sampling.repetition_penalty != 1.0
+    def start(self, logits: Tensor, history: Sequence[int]) -> Choice | None:
+        """Begin to choose from logits [vocab] where they lie; None where nothing can choose there.
 
-    def start(self, logits: Tensor) -> Choice | None:
-        """Begin to choose from logits [vocab] on a card, without a look back; None where nothing can choose there."""
-        choose = _on_card(logits.device)
+        `history` is as it was at the last call with the token chosen there behind it, which need not have been looked
+        at: what the repetition penalty wants to know stays on the device. After any other history it is told anew.
+        """
+        choose = chooser(logits.device)
         if choose is None:
             return None
         s = self.sampling
+        penalized = s.repetition_penalty != 1.0
+        if penalized:
+            logits = self._penalized_there(logits, history)
         t = s.temperature if s.temperature >= GREEDY_BELOW else 0.0
         point = float(torch.rand((), dtype=torch.float64, generator=self.random)) if t else 0.0
-        return choose(logits[None], t, s.top_k, s.top_p, s.min_p, [point])
+        choice = choose(logits[None], t, s.top_k, s.top_p, s.min_p, [point])
+        if penalized and self._seen is not None:
+            self._seen.index_fill_(0, choice.ids, True)
+        return choice
+
+    def _penalized_there(self, logits: Tensor, history: Sequence[int]) -> Tensor:
+        if self._seen is None or len(history) != self._told + 1:
+            self._seen = torch.zeros(len(logits), dtype=torch.bool)
+            self._seen[list(history)] = True
+            self._seen = self._seen.to(logits.device)
+        self._told = len(history)
+        return torch.where(self._seen, _discouraged(logits, self.sampling.repetition_penalty), logits)
 
     def _draw(self, p: Floats) -> int:
         """An index with probabilities in proportion to p: where a uniform number falls among their running sums."""
@@ -115,15 +130,9 @@ class Sampler:
 
 def greedy(logits: Tensor) -> int:
     """The likeliest token of logits float32 [vocab]."""
-    if logits.is_cuda and (choose := _on_card(logits.device)):
+    if choose := chooser(logits.device):
         return choose(logits[None], 0.0, 0, 1.0, 0.0, [0.0]).tokens()[0]
     return int(logits.cpu().numpy().argmax())
-
-
-def _on_card(device: torch.device) -> Chooser | None:
-    from fewbit.kernels._cuda_ops import chooser
-
-    return chooser(device)
 
 
 def candidates(x: Floats, s: Sampling) -> tuple[Floats, Ids]:
@@ -184,7 +193,10 @@ def _passes(values: Floats, total: float, s: Sampling) -> int:
 
 
 def _penalized(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
-    """Seen tokens' logits divided by the penalty, or multiplied where negative (Keskar et al. 2019, section 4.1)."""
-    seen = torch.tensor(sorted(set(history)), device=logits.device)
-    score = logits[seen]
-    return logits.index_put((seen,), torch.where(score > 0, score / penalty, score * penalty))
+    seen = torch.tensor(sorted(set(history)))
+    return logits.index_put((seen,), _discouraged(logits[seen], penalty))
+
+
+def _discouraged(logits: Tensor, penalty: float) -> Tensor:
+    """Logits divided by the penalty, or multiplied where negative (Keskar et al. 2019, section 4.1)."""
+    return torch.where(logits > 0, logits / penalty, logits * penalty)

@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fewbit.errors import FewbitError
-from fewbit.kernels._ceilings import Ceiling, Ceilings, ceilings
+from fewbit.kernels import Ceiling, ceilings
 from fewbit.layers import Linear
 from fewbit.memory import PeakMemory
 from fewbit.random_models import RandomCheckpoint
@@ -21,9 +21,6 @@ from fewbit.runtime.cache import Sequence
 from fewbit.runtime.engine import LanguageModel, load, placed, set_threads
 from fewbit.runtime.sampler import Sampler, Sampling
 from fewbit.source import Source
-
-if TYPE_CHECKING:
-    from fewbit.kernels._card_ceilings import CardCeilings
 
 Progress = Callable[[int, int, str], None]
 
@@ -115,7 +112,7 @@ def measure_speed(
         if progress:
             progress(0, repeat + 1, "warming up")
         time_once(loaded, prompt, new)
-    machine = _ceilings(loaded)
+    machine = ceilings(loaded.device)
     runs, found = [], []
     for i in range(repeat):
         if progress:
@@ -151,14 +148,6 @@ def _load(
     if isinstance(model.checkpoint, RandomCheckpoint):
         model.checkpoint.device = placement.device
     return LanguageModel(model, False, context, cache=cache, placement=placement)
-
-
-def _ceilings(model: LanguageModel) -> Ceilings | CardCeilings | None:
-    if model.device.type == "cpu":
-        return ceilings()
-    from fewbit.kernels._card_ceilings import card_ceilings
-
-    return card_ceilings(model.device)
 
 
 def _rates(

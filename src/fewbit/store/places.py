@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fewbit.gguf_parts import all_parts
+
 
 def cache_dir() -> Path:
     """What can be fetched or made again: XDG_CACHE_HOME or ~/.cache, then fewbit."""
@@ -51,9 +53,9 @@ def folder_bytes(folder: Path) -> int:
 
 
 def content_files(model: Path) -> list[Path]:
-    """The files that decide what a model computes: all weights and all settings of a folder, or the one file."""
+    """What decides what a model computes: all weights and all settings of a folder, or a file and its parts."""
     if model.is_file():
-        return [model]
+        return [part for part in all_parts(model) if part.is_file()]
     return sorted(f for f in model.iterdir() if f.suffix in (".safetensors", ".json") and f.is_file())
 
 

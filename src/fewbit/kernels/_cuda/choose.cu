@@ -41,110 +41,114 @@ extern "C" __global__ void __launch_bounds__(256) largest(const float* logits, i
   if (threadIdx.x % 32 == 0) atomicMax(best + blockIdx.y, mine);
 }
 
+// A row to draw from; its largest logit, and what is still drawn from: tokens of at least the order `floor`.
+struct Row {
+  const float* logits;
+  int vocab;
+  float top, inverse;
+  u32 floor;
+};
+
+struct Room {
+  u64 bins[kThreads], sums[kThreads];
+  u64 passed;
+  int found;
+};
+
+// room.sums[t] becomes the sum of what the threads up to t gave.
+__device__ __forceinline__ void add_up(Room& room, u64 mine) {
+  const int thread = threadIdx.x;
+  room.sums[thread] = mine;
+  __syncthreads();
+  for (int m = 1; m < kThreads; m <<= 1) {
+    const u64 before = thread >= m ? room.sums[thread - m] : 0;
+    __syncthreads();
+    room.sums[thread] += before;
+    __syncthreads();
+  }
+}
+
+// The lowest order of those that reach a goal together, from the top down, each counting 1 or its probability: ten bits at
+// a time, then the last two.
+__device__ u32 reach(Room& room, const Row& row, bool by_mass, u64 goal) {
+  const int thread = threadIdx.x;
+  u32 prefix = 0;
+  for (int shift = 22; shift >= 0; shift -= shift > 2 ? 10 : 2) {
+    const int width = shift ? 10 : 2, size = 1 << width;
+    room.bins[thread] = 0;
+    __syncthreads();
+    for (int i = thread; i < row.vocab; i += kThreads) {
+      const float x = row.logits[i];
+      const u32 key = ordered(x);
+      const bool same = shift == 22 || key >> (shift + width) == prefix >> (shift + width);
+      if (key >= row.floor && same) {
+        const u64 more = by_mass ? mass(x, row.top, row.inverse) : 1;
+        if (more) atomicAdd(&room.bins[key >> shift & (size - 1)], more);
+      }
+    }
+    __syncthreads();
+    const u64 mine = thread < size ? room.bins[size - 1 - thread] : 0;
+    add_up(room, mine);
+    const u64 before = room.sums[thread] - mine;
+    if (thread < size && before < goal && goal <= room.sums[thread]) room.found = thread, room.passed = before;
+    __syncthreads();
+    prefix |= static_cast<u32>(size - 1 - room.found) << shift;
+    goal -= room.passed;
+  }
+  __syncthreads();
+  return prefix;
+}
+
+// The probability of a token that is still drawn from, at least `least`; 0 of the others.
+__device__ __forceinline__ u64 share(const Row& row, int i, u64 least) {
+  const float x = row.logits[i];
+  const u64 m = mass(x, row.top, row.inverse);
+  return ordered(x) >= row.floor && m >= least ? m : 0;
+}
+
+// The sums of shares up to each thread, each over neighbouring tokens [first, last), to room.sums; -> all together.
+__device__ __forceinline__ u64 add_shares(Room& room, const Row& row, int first, int last, u64 least) {
+  u64 mine = 0;
+  for (int i = first; i < last; i++) mine += share(row, i, least);
+  add_up(room, mine);
+  return room.sums[kThreads - 1];
+}
+
 // Draw from a row: of the top_k likeliest (0: all), those that add up to top_p (1: all), those of at least min_p times
 // the largest probability. `best` is what `largest` left of the same row; chosen[row] in the same spelling. `point` [rows]
 // are uniform numbers from 0 to 1. One block a row. Equal logits at a border are all kept.
 extern "C" __global__ void __launch_bounds__(kThreads) draw(const float* logits, int vocab, float inverse, int top_k,
                                                             float top_p, float min_p, const double* point,
                                                             const u64* best, u64* chosen) {
-  __shared__ u64 bins[kThreads];
-  __shared__ u64 sums[kThreads];
-  __shared__ u64 passed;
-  __shared__ int found;
+  __shared__ Room room;
   wait_for_inputs();
-  const float* row = logits + static_cast<long long>(blockIdx.x) * vocab;
-  const int thread = threadIdx.x;
-  if (best[blockIdx.x] == kBroken) {
-    if (thread == 0) chosen[blockIdx.x] = kBroken;
+  const u64 likeliest = best[blockIdx.x];
+  if (likeliest == kBroken) {
+    if (threadIdx.x == 0) chosen[blockIdx.x] = kBroken;
     return;
   }
-  const float top = row[~static_cast<u32>(best[blockIdx.x])];
-  const u64 least = static_cast<u64>(min_p * kSteps);
-  // tokens of at least this order are kept
-  u32 floor = 0;
-
-  // sums[t] becomes the sum of what the threads up to t gave
-  auto add_up = [&](u64 mine) {
-    sums[thread] = mine;
-    __syncthreads();
-    for (int m = 1; m < kThreads; m <<= 1) {
-      const u64 before = thread >= m ? sums[thread - m] : 0;
-      __syncthreads();
-      sums[thread] += before;
-      __syncthreads();
-    }
-  };
-  // The lowest order of those that reach a goal together, from the top down: ten bits at a time, then the last two.
-  auto reach = [&](bool weigh, u64 goal) {
-    u32 prefix = 0;
-    for (int shift = 22; shift >= 0; shift -= shift > 2 ? 10 : 2) {
-      const int width = shift ? 10 : 2, size = 1 << width;
-      bins[thread] = 0;
-      __syncthreads();
-      for (int i = thread; i < vocab; i += kThreads) {
-        const float x = row[i];
-        const u32 key = ordered(x);
-        const bool same = shift == 22 || key >> (shift + width) == prefix >> (shift + width);
-        if (key >= floor && same) {
-          const u64 more = weigh ? mass(x, top, inverse) : 1;
-          if (more) atomicAdd(&bins[key >> shift & (size - 1)], more);
-        }
-      }
-      __syncthreads();
-      const u64 mine = thread < size ? bins[size - 1 - thread] : 0;
-      add_up(mine);
-      const u64 before = sums[thread] - mine;
-      if (thread < size && before < goal && goal <= sums[thread]) found = thread, passed = before;
-      __syncthreads();
-      prefix |= static_cast<u32>(size - 1 - found) << shift;
-      goal -= passed;
-    }
-    __syncthreads();
-    return prefix;
-  };
-
-  if (top_k > 0 && top_k < vocab) floor = reach(false, top_k);
-  const int each = (vocab + kThreads - 1) / kThreads, first = thread * each;
+  Row row = {logits + static_cast<long long>(blockIdx.x) * vocab, vocab, 0.f, inverse, 0};
+  row.top = row.logits[~static_cast<u32>(likeliest)];
+  const int each = (vocab + kThreads - 1) / kThreads, first = threadIdx.x * each;
   const int last = first + each < vocab ? first + each : vocab;
-  auto weigh = [&]() {
-    u64 mine = 0;
-    for (int i = first; i < last; i++) {
-      const float x = row[i];
-      const u64 m = mass(x, top, inverse);
-      if (ordered(x) >= floor && m >= least) mine += m;
-    }
-    return mine;
-  };
+  if (top_k > 0 && top_k < vocab) row.floor = reach(room, row, false, top_k);
   if (top_p < 1.f) {
     // top-p counts among the top-k, before min-p
-    u64 mine = 0;
-    for (int i = first; i < last; i++) {
-      const float x = row[i];
-      if (ordered(x) >= floor) mine += mass(x, top, inverse);
-    }
-    add_up(mine);
-    const u64 all = sums[kThreads - 1];
+    const u64 goal = static_cast<u64>(static_cast<double>(add_shares(room, row, first, last, 0)) * top_p);
     __syncthreads();
-    const u64 goal = static_cast<u64>(static_cast<double>(all) * top_p);
-    const u32 lowest = reach(true, goal ? goal : 1);
-    floor = lowest > floor ? lowest : floor;
+    const u32 lowest = reach(room, row, true, goal ? goal : 1);
+    row.floor = lowest > row.floor ? lowest : row.floor;
   }
-  add_up(weigh());
-  const u64 all = sums[kThreads - 1];
+  const u64 least = static_cast<u64>(min_p * kSteps), all = add_shares(room, row, first, last, least);
   u64 target = static_cast<u64>(point[blockIdx.x] * static_cast<double>(all));
   if (target >= all) target = all - 1;
-  const u64 before = thread ? sums[thread - 1] : 0;
-  if (before <= target && target < sums[thread]) {
-    u64 sum = before;
-    for (int i = first; i < last; i++) {
-      const float x = row[i];
-      const u64 m = mass(x, top, inverse);
-      if (ordered(x) < floor || m < least) continue;
-      sum += m;
-      if (sum > target) {
-        chosen[blockIdx.x] = static_cast<u64>(ordered(x)) << 32 | (~static_cast<u32>(i));
-        break;
-      }
+  u64 sum = threadIdx.x ? room.sums[threadIdx.x - 1] : 0;
+  if (target < sum || room.sums[threadIdx.x] <= target) return;
+  for (int i = first; i < last; i++) {
+    sum += share(row, i, least);
+    if (sum > target) {
+      chosen[blockIdx.x] = static_cast<u64>(ordered(row.logits[i])) << 32 | (~static_cast<u32>(i));
+      return;
     }
   }
 }

@@ -6,8 +6,9 @@
 // of x, by one more product with ones, makes good for that. Groups are summed in float32 and scaled there. Which sums are
 // made in which order depends on WK alone.
 //
-// Defined by whoever compiles: what tiles.cuh wants; NT (tokens / 8); WN, WK, RB, STAGES, XAHEAD; GATED (0, or 1: out =
-// silu(first 16 rows of a tile) * last 16).
+// Defined by whoever compiles: what tiles.cuh wants; NT (tokens / 8); WN, WK, RB, STAGES, XAHEAD; BLOCKS (on a
+// multiprocessor at a time); GATED (0, or 1: out = silu(first 16 rows of a tile) * last 16).
+#include "output.cuh"
 #include "tiles.cuh"
 #include "units.cuh"
 
@@ -54,23 +55,19 @@ __device__ __forceinline__ void clear(Sums& s) {
 // 32 columns
 __device__ __forceinline__ void add_columns(Sums& s, const u32 words[RB][4 * BITS], int j, const Words* x) {
     const u32 ones[4] = {0x3C003C00, 0x3C003C00, 0x3C003C00, 0x3C003C00};
+    u32 pairs[RB][16];
 #pragma unroll
-    for (int b = 0; b < RB; ++b) {
-        u32 pairs[16];
-        Codes<BITS>::unpack(words[b] + BITS * j, pairs);
+    for (int b = 0; b < RB; ++b) Codes<BITS>::unpack(words[b] + BITS * j, pairs[b]);
+    // sums that one product after the other adds to would wait for each other
+#pragma unroll
+    for (int p = 0; p < 2; ++p)
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
-            multiply(s.v[2 * b + 0][n], pairs, x[n].x, x[n].y);
-            multiply(s.v[2 * b + 1][n], pairs + 8, x[n].x, x[n].y);
-            multiply(s.v[2 * b + 0][n], pairs + 4, x[n].z, x[n].w);
-            multiply(s.v[2 * b + 1][n], pairs + 12, x[n].z, x[n].w);
-        }
-    }
+            u32 low = p ? x[n].z : x[n].x, high = p ? x[n].w : x[n].y;
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
-        multiply(s.x[n], ones, x[n].x, x[n].y);
-        multiply(s.x[n], ones, x[n].z, x[n].w);
-    }
+            for (int h = 0; h < 2 * RB; ++h) multiply(s.v[h][n], pairs[h / 2] + h % 2 * 8 + p * 4, low, high);
+            multiply(s.x[n], ones, low, high);
+        }
 }
 
 // acc += scaled sums of a group; scales and shifts of block b lie b * step bytes on
@@ -102,9 +99,8 @@ __device__ __forceinline__ void scale(Sums& acc, const Sums& s, const char* scal
 __device__ __forceinline__ void load_x(Words* x, const u16* halves, int block, int first, int tokens, int lane) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-        int token = first + 8 * n + lane / 4;
-        x[n] = Words{0, 0, 0, 0};
-        if (token < tokens) x[n] = shared_by_all(halves + ((u64)block * tokens + token) * 32 + lane % 4 * 8);
+        int token = min(first + 8 * n + lane / 4, tokens - 1);
+        x[n] = shared_by_all(halves + ((u64)block * tokens + token) * 32 + lane % 4 * 8);
     }
 }
 
@@ -175,17 +171,6 @@ __device__ __forceinline__ void add_tile(Sums& acc, const char* slot, Activation
     }
 }
 
-struct Output {
-    const float* token_scales;  // or null: all 1
-    const float* add;           // or null; laid out as out is
-    float* out;
-    int stride;                 // between tokens
-    int rows;                   // of the matrix
-    int pair;                   // 0, or the rows of each of two matrices whose rows lie 16 and 16 in turn
-};
-
-__device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }
-
 // Sums of 32 rows and 8 tokens for each of WN, over the block's WK warps in order; block b of RB.
 __device__ __forceinline__ void write(const float* room, const Output& o, int b, int first, int tokens) {
     constexpr int each = GATED ? 16 : 32;
@@ -199,26 +184,11 @@ __device__ __forceinline__ void write(const float* room, const Output& o, int b,
             sum += from[k * WN * 8 * PITCH];
             if (GATED) up += from[k * WN * 8 * PITCH + 16];
         }
-        float factor = o.token_scales ? o.token_scales[token] : 1.0f;
-        sum *= factor;
-        int block = (blockIdx.x * WN + wn) * RB + b, row = 32 * block + r;
-        bool there = row < o.rows;
-        if (GATED) {
-            sum = silu(sum) * (up * factor);
-            row = 16 * block + r;
-            there = row < o.pair;
-        } else if (o.pair) {
-            row = 16 * block + r % 16;
-            there = row < o.pair;
-            row += r < 16 ? 0 : o.pair;
-        }
-        if (!there) continue;
-        u64 to = (u64)token * o.stride + row;
-        o.out[to] = o.add ? o.add[to] + sum : sum;
+        put<GATED>(o, sum, up, (blockIdx.x * WN + wn) * RB + b, r, token);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 product(Weights weights, const u16* halves, Output output, int blocks, int tiles, int tokens) {
     extern __shared__ __align__(16) char shared[];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, wn = warp % WN, wk = warp / WN;

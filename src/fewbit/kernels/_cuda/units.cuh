@@ -9,6 +9,20 @@ __device__ __forceinline__ void copy(char* to, const char* from) {
     u32 place = (u32)__cvta_generic_to_shared(to);
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
 }
+// The same for what lies in L2 and is read by many: alongside the copies above, or at once.
+struct CopyLater {
+    __device__ __forceinline__ void operator()(char* to, const char* from) const {
+        u32 place = (u32)__cvta_generic_to_shared(to);
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
+    }
+};
+struct CopyNow {
+    __device__ __forceinline__ void operator()(char* to, const char* from) const {
+        uint4 v;
+        asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+        *(uint4*)to = v;
+    }
+};
 __device__ __forceinline__ void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT>
 __device__ __forceinline__ void wait_for_copies() {
@@ -20,6 +34,16 @@ __device__ __forceinline__ Words shared_by_all(const void* p) {
     Words v;
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
+}
+
+// What other blocks of the same launch wrote.
+__device__ __forceinline__ float4 from_others(const float4* p) { return __ldcg(p); }
+
+// Two halves each; subnormal ones as well.
+__device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
+    u32 r;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
 }
 
 // c += a b; a 16 x 16, b 16 x 8
