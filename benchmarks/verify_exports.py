@@ -2,10 +2,16 @@
 
     python benchmarks/verify_exports.py MODEL [--python VENV/bin/python ...] [--only gguf gptq ...] [--work DIR]
 
+<<<<<<< HEAD
+MODEL is an alias or a path, best in full precision. Exported are GGUF files of every type, and folders of
+compressed-tensors, GPTQ and AWQ of one rounded to nearest, each verified in every engine found. `make verify`
+makes the environments. The marks: no engine that is there disagrees, and each layout was run by one at least.
+=======
 MODEL is an alias or a path, best in full precision. Exported are GGUF files of every type, folders of
 compressed-tensors, GPTQ and AWQ (rounded to nearest, and from a quantized folder without loss), each verified in every
 engine found. `make verify` makes the environments. The mark: no engine that is there disagrees, and each layout was
 run by one at least.
+>>>>>>> integ
 """
 
 from __future__ import annotations
@@ -67,7 +73,7 @@ def _tell(to: str, kind: str, size: int, found: Verification) -> None:
 
 def _line(check: Check) -> str:
     if check.kl is None or check.gap is None or check.same is None:
-        return f"{check.engine}: {check.install or check.error}"
+        return f"{check.engine}: {check.install or check.refused or check.error}"
     twin = "" if check.twin_kl is None else f"  float32 twin: KL {max(check.twin_kl, 0):.0e} gap {check.twin_gap:.3f}"
     verdict = "agrees" if check.agrees else "DISAGREES"
     kl = f"{max(check.kl, 0):.1e}"

@@ -56,8 +56,9 @@ def text(summary: Summary, facts: dict[str, Any], verification: Verification | N
 def _front_matter(summary: Summary, base: str) -> str:
     """What the hub reads; a base model only where the name is a hub id."""
     lines = ["---"]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base):
-        lines += [f"base_model: {base}", "base_model_relation: quantized"]
+    # a model of the hub may be named with its commit
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", base):
+        lines += [f"base_model: {base.partition('@')[0]}", "base_model_relation: quantized"]
     if summary.to != "gguf":
         lines.append("library_name: transformers")
     lines += ["pipeline_tag: text-generation", "tags:", "- fewbit", f"- {summary.to}", "---", ""]
@@ -126,6 +127,8 @@ def _verified(verification: Verification | None) -> str:
 def _line(check: Check) -> str:
     if check.install is not None:
         return f"| {check.engine} | not installed | | | | not tried |"
+    if check.refused is not None:
+        return f"| {check.engine} | | | | | does not load such: {_plain(check.refused)} |"
     if check.kl is None or check.gap is None or check.same is None:
         return f"| {check.engine} | {_plain(check.version)} | | | | no: {_plain(check.error or '')} |"
     verdict = "yes" if check.agrees else "no"

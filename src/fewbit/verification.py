@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from fewbit import engines
+from fewbit.checkpoint._writer import Planned
 from fewbit.engines import ENGINES, Engine
 from fewbit.errors import FewbitError
-from fewbit.exports import export
+from fewbit.exports import _limits, export
 from fewbit.methods import silent
 from fewbit.runtime.cache import Sequence as CachedSequence
 from fewbit.runtime.engine import LanguageModel, load
@@ -49,7 +50,9 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Check:
-    """One engine's result; `error` where it could not run, `install` where it is not there."""
+    """One engine's result; `error` where it could not run, `install` where it is not there, `refused` where it is known
+    not to load such an export.
+    """
 
     engine: str
     version: str = ""
@@ -64,6 +67,7 @@ class Check:
     tokens_differ: list[str] = field(default_factory=list)
     error: str | None = None
     install: str | None = None
+    refused: str | None = None
 
     @property
     def ran(self) -> bool:
@@ -95,7 +99,7 @@ class Verification:
     @property
     def failed(self) -> list[Check]:
         """Those that were there and do not agree."""
-        return [c for c in self.checks if c.install is None and not c.agrees]
+        return [c for c in self.checks if c.install is None and c.refused is None and not c.agrees]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -138,6 +142,9 @@ def verify(
         if python is None:
             found.append(Check(engine.name, install=engine.install))
             continue
+        if (reason := _refusal(engine, layout, path)) is not None:
+            found.append(Check(engine.name, refused=reason))
+            continue
         say(f"running the export with {engine.name}")
         try:
             found.append(_asked(engine, python, job, ours, expected, say))
@@ -149,6 +156,15 @@ def verify(
         before = _along(load(source, exact=True, device="cpu", context=CONTEXT), ours.sequences, ours.starts)
         kl = compare(before, ours.logprobs)[0]
     return Verification(found, len(ours.logprobs), kl)
+
+
+def _refusal(engine: Engine, layout: str, path: Path) -> str | None:
+    """Why the engine is known not to load the export; None where it should."""
+    if engine.limits is None:
+        return None
+    source = open_source(path)
+    linears = [Planned(w.name, source.spec(w.name), w.shape) for w in source.weights if w.role == "linear"]
+    return _limits.refusal(layout, engine.limits, linears)
 
 
 def reference(path: Path) -> tuple[Reference, Tokenizer]:

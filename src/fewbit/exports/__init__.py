@@ -144,7 +144,7 @@ def _folder(
     bits = {"format": spec, "method": method, "head": "16bit"}
     store.remember(out, bits)
     return Summary(
-        str(out), target.LAYOUT, spec, method, str(source.path.name), written.exact and wanted is None,
+        str(out), target.LAYOUT, spec, method, store.title(source.path), written.exact and wanted is None,
         done.checkpoint.weight_bytes(), source.checkpoint.weight_bytes(), written.specs, notes + written.notes,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import fewbit
-from fewbit import companions
+from fewbit import companions, store
 from fewbit.checkpoint._writer import Planned, Writer
 from fewbit.errors import FewbitError
 from fewbit.exports import _limits
@@ -110,7 +110,7 @@ def write(source: Source, target: ModuleType, tensors: list[Planned], out: Path,
         more["scattered"] = _scattered(source, [t for t in tensors if isinstance(t, target.Packed)]) is not None
     known = source.checkpoint.facts()
     facts = {k: v for k, v in known.items() if k not in ("specs", "export", "exported_from")}
-    facts = {"version": fewbit.__version__, **facts, "export": target.LAYOUT, "exported_from": source.path.name}
+    facts = {"version": fewbit.__version__, **facts, "export": target.LAYOUT, "exported_from": store.title(source.path)}
     rounding = _Rounding()
     total, done = sum(torch.Size(t.shape).numel() for t in tensors), 0
     with Writer(out, tensors, source.dtype, facts, facts | {"source_files": identity(source)}) as writer:

@@ -69,6 +69,12 @@ def check(layout: str, engine: str, linears: Sequence[Planned]) -> None:
     raise FewbitError(f"{limits.engine} would not load this {layout} folder.", f"{facts}.", f"{'; '.join(steps)}.")
 
 
+def refusal(layout: str, engine: str, linears: Sequence[Planned]) -> str | None:
+    """Why `engine` would not load these linears, in words; None where it does."""
+    wrong = _wrong(LIMITS[layout, engine], linears)
+    return None if wrong is None else wrong[0]
+
+
 def _wrong(limits: Limits, linears: Sequence[Planned]) -> tuple[str, object] | None:
     """What an engine refuses of these linears, and the format it refuses; None where it loads them."""
     for t in linears:

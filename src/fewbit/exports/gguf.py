@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import fewbit
+from fewbit import store
 from fewbit.checkpoint._gguf_writer import GgufTensor, GgufWriter, Value
 from fewbit.checkpoint._writer import Planned
 from fewbit.errors import FewbitError
@@ -110,7 +111,7 @@ def write(
             done += torch.Size(p.weight.shape).numel()
     specs = Counter(t.spec for t in tensors)
     return Summary(
-        str(out), LAYOUT, spec.removeprefix("gguf:"), str(facts.get("method", "none")), source.path.name,
+        str(out), LAYOUT, spec.removeprefix("gguf:"), str(facts.get("method", "none")), store.title(source.path),
         told.exact, out.stat().st_size, source.checkpoint.weight_bytes(), dict(specs), notes + told.notes(),
     )  # fmt: skip
 
@@ -216,7 +217,7 @@ def _general(source: Source, file_type: int, facts: dict[str, object]) -> dict[s
     """Who made what of which model."""
     found: dict[str, Value] = {
         "general.type": "model",
-        "general.name": str(facts.get("source") or source.path.name),
+        "general.name": str(facts.get("source") or store.title(source.path)),
         "general.file_type": file_type,
         "general.quantization_version": QUANTIZATION_VERSION,
         "fewbit.version": fewbit.__version__,
