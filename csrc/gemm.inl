@@ -18,46 +18,60 @@ constexpr int kAhead = 8192;
 // Always inlined: a call would put every sum that is held in a register into memory and back.
 #define FEWBIT_INLINE inline __attribute__((always_inline))
 
-// The scales of `lanes` rows, group after group.
-struct Scales {
-    const BlockView &w;
-    int64_t row_block;
-    int part;
-    typename Isa::Floats super, offset_super;
+// The scales of `lanes` rows, group after group; pointers move on, so that a group costs few instructions.
+class Scales {
+  public:
+    FEWBIT_INLINE Scales(const BlockView &w, int64_t row_block, int part)
+        : type_(w.scale_type),
+          super_type_(w.super_type),
+          offset_type_(w.offset_type),
+          per_super_(1 << w.super_shift),
+          scale_(behind(w.scales, row_block * w.groups, part, scale_bytes(w.scale_type))),
+          offset_(behind(w.offsets, row_block * w.groups, part, offset_bytes(w.offset_type))),
+          super_(behind(w.scale_supers, row_block * w.supers, part, scale_bytes(w.super_type))),
+          offset_super_(behind(w.offset_supers, row_block * w.supers, part, 2)) {}
 
-    FEWBIT_INLINE Scales(const BlockView &view, int64_t row, int rows)
-        : w(view), row_block(row), part(rows), super(Isa::zero()), offset_super(Isa::zero()) {}
-
-    // Group `g`; called for each in turn, as supers are kept from where they begin.
-    FEWBIT_INLINE Isa::Floats scale(int64_t g) {
-        const int64_t at = place(w.groups, g);
-        if (w.scale_type <= Scalar::bf16) return Isa::load_scales(w.scales, at, w.scale_type);
-        if ((g & ((1 << w.super_shift) - 1)) == 0) {
-            const int64_t first = place(w.supers, g >> w.super_shift);
-            super = Isa::load_scales(w.scale_supers, first, w.super_type);
-            if (w.offset_supers) offset_super = negative(Isa::load_scales(w.offset_supers, first, Scalar::f16));
-        }
-        const auto *steps = static_cast<const uint8_t *>(w.scales) + at;
-        return times(w.scale_type == Scalar::steps ? Isa::load_bytes(steps)
-                                                   : Isa::load_signed(reinterpret_cast<const int8_t *>(steps)),
-                     super);
+    // Of the next group.
+    FEWBIT_INLINE Isa::Floats next() {
+        const uint8_t *at = scale_;
+        scale_ += kRows * scale_bytes(type_);
+        if (type_ <= Scalar::bf16) return Isa::load_scales(at, 0, type_);
+        if (left_ == 0) next_super();
+        --left_;
+        return times(type_ == Scalar::steps ? Isa::load_bytes(at) : Isa::load_signed(reinterpret_cast<const int8_t *>(at)),
+                     super_value_);
     }
 
-    // What group `g` adds, whose scale is given.
-    FEWBIT_INLINE Isa::Floats offset(int64_t g, Isa::Floats scale) const {
-        const int64_t at = place(w.groups, g);
-        if (w.offset_type == Offsets::f16) return Isa::load_scales(w.offsets, at, Scalar::f16);
-        if (w.offset_type == Offsets::f32) return Isa::load_scales(w.offsets, at, Scalar::f32);
-        const typename Isa::Floats bytes = Isa::load_bytes(static_cast<const uint8_t *>(w.offsets) + at);
-        return times(bytes, w.offset_type == Offsets::steps ? offset_super : negative(scale));
+    // What the group adds whose scale `next` gave last.
+    FEWBIT_INLINE Isa::Floats offset(Isa::Floats scale) {
+        const uint8_t *at = offset_;
+        offset_ += kRows * offset_bytes(offset_type_);
+        if (offset_type_ == Offsets::f16) return Isa::load_scales(at, 0, Scalar::f16);
+        if (offset_type_ == Offsets::f32) return Isa::load_scales(at, 0, Scalar::f32);
+        return times(Isa::load_bytes(at), offset_type_ == Offsets::steps ? offset_super_value_ : negative(scale));
     }
 
   private:
-    FEWBIT_INLINE int64_t place(int64_t in_row, int64_t g) const {
-        return (row_block * in_row + g) * kRows + part * Isa::lanes;
+    FEWBIT_INLINE void next_super() {
+        left_ = per_super_;
+        super_value_ = Isa::load_scales(super_, 0, super_type_);
+        super_ += kRows * scale_bytes(super_type_);
+        if (offset_type_ != Offsets::steps) return;
+        offset_super_value_ = negative(Isa::load_scales(offset_super_, 0, Scalar::f16));
+        offset_super_ += kRows * 2;
+    }
+    static FEWBIT_INLINE const uint8_t *behind(const void *all, int64_t groups, int part, int64_t bytes) {
+        return all ? static_cast<const uint8_t *>(all) + (groups * kRows + part * Isa::lanes) * bytes : nullptr;
     }
     static FEWBIT_INLINE Isa::Floats times(Isa::Floats a, Isa::Floats b) { return Isa::multiply_add(a, b, Isa::zero()); }
     static FEWBIT_INLINE Isa::Floats negative(Isa::Floats a) { return times(a, Isa::splat(-1.0f)); }
+
+    const Scalar type_, super_type_;
+    const Offsets offset_type_;
+    const int per_super_;
+    int left_ = 0;
+    const uint8_t *scale_, *offset_, *super_, *offset_super_;
+    typename Isa::Floats super_value_ = Isa::zero(), offset_super_value_ = Isa::zero();
 };
 
 // Pairs of quads [Pair, End) of a block times the activations behind `x`.
@@ -101,10 +115,10 @@ void product_halves(const BlockView &w, const TileView &x, int64_t row_block, in
         const int8_t *xq = x.codes + block * x.width * kColumns;
         const int32_t *start = x.start + block * 2 * x.width;
         for (int i = 0; i < K::packed; ++i) __builtin_prefetch(codes + kAhead + i * kLine, 0, 2);
-        const Floats first = scales.scale(2 * block);
+        const Floats first = scales.next();
         // before the second half's super, which may be another
-        Floats offset = w.offsets ? scales.offset(2 * block, first) : first;
-        const Floats second = scales.scale(2 * block + 1);
+        Floats offset = w.offsets ? scales.offset(first) : first;
+        const Floats second = scales.next();
         Floats a[T], b[T];
         half_sums<K, T, 0>(codes, part, table, xq, start, a);
         half_sums<K, T, 1>(codes, part, table, xq, start + x.width, b);
@@ -118,7 +132,7 @@ void product_halves(const BlockView &w, const TileView &x, int64_t row_block, in
         const float *sums = x.group_sums + 2 * block * x.width;
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) y[t] = Isa::multiply_add(offset, Isa::splat(sums[t]), y[t]);
-        offset = scales.offset(2 * block + 1, second);
+        offset = scales.offset(second);
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) y[t] = Isa::multiply_add(offset, Isa::splat(sums[x.width + t]), y[t]);
     }
@@ -161,11 +175,11 @@ void product_rows(const BlockView &w, const TileView &x, int64_t row_block, int 
             xscale += x.width;
             start += x.width;
         }
-        const Floats scale = scales.scale(g);
+        const Floats scale = scales.next();
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) y[t] = Isa::multiply_add(sum[t], scale, y[t]);
         if (w.offsets) {
-            const Floats offset = scales.offset(g, scale);
+            const Floats offset = scales.offset(scale);
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) y[t] = Isa::multiply_add(offset, Isa::splat(x.group_sums[g * x.width + t]), y[t]);
         }

@@ -224,7 +224,7 @@ def test_ctrl_c_prints_the_line_that_goes_on(tiny_folder: Path, tmp_path: Path) 
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert out == ""
     what, facts, again = err.splitlines()[-3:]
     assert what == "error: Interrupted."

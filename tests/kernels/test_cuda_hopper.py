@@ -114,7 +114,7 @@ def test_activations_lie_in_the_order_of_the_weights():
     ("kind", "wide", "cluster", "gated"), [(Kind(3, 64, 1, 1), 256, 1, 1), (Kind(8, 0, 0, 2), 64, 4, 0)]
 )
 def test_the_kernel_compiles(kind, wide, cluster, gated):
-    if _nvrtc._bindings() is None or hopper.ARCH not in _nvrtc.architectures():
+    if _nvrtc.lacking() or hopper.ARCH not in _nvrtc.architectures():
         pytest.skip("cuda-bindings or an NVRTC that knows sm_90 (the extra fewbit[cuda]) is not there")
     defines = kind.defines() | hopper.filled(kind, wide, cluster, 227 << 10).defines() | {"GATED": gated}
     images = [_nvrtc.compiled("wgmma.cu", defines, hopper.ARCH), _nvrtc.compiled("wgmma_halve.cu", {}, hopper.ARCH)]

@@ -81,6 +81,13 @@ def test_parameters_of_all_rows_at_once_are_those_of_slices(make_tensor, spec, s
     assert matrix._factor(matrix._largest(some, part.kind)) == part.factor
 
 
+def test_a_pair_of_7_and_8_bits_has_no_common_stream(make_tensor) -> None:
+    mixed = [make_tensor("int7g32a", 48, 256), make_tensor("int8g32a", 48, 256)]
+    (part,) = matrix.build(mixed, [matrix.kind(q) for q in mixed], torch.device("cpu"))
+    assert part.pair == 48
+    assert matrix._parameters(mixed, part.kind, part.pair, torch.device("cpu")) is None
+
+
 @pytest.mark.parametrize(("spec", "shapes"), STACKS, ids=[s[0] for s in STACKS])
 def test_a_card_lays_out_what_the_definition_does(make_tensor, spec, shapes) -> None:
     if reason := _nvrtc.missing():

@@ -193,4 +193,4 @@ def test_types_that_are_not_here_are_not_formats() -> None:
     with pytest.raises(FewbitError, match="gguf:q9_9"):
         parse("gguf:q9_9")
     with pytest.raises(FewbitError, match="does not write"):
-        parse("gguf:q4_0").fit(torch.ones(1, 32))
+        parse("gguf:iq2_xs").fit(torch.ones(1, 256))

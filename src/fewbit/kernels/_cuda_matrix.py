@@ -152,6 +152,9 @@ def _parameters(group: list[QTensor], kind: Kind, pair: int, device: torch.devic
     formats = [parse(q.spec) for q in group]
     if not pair and any(q.shape[0] % layout.ROWS for q in group[:-1]):
         return None
+    # 7 and 8 bits are one kind, and their streams are not
+    if pair and len({q.parts["packed"].shape for q in group if "packed" in q.parts}) > 1:
+        return None
     found = []
     for q, fmt in zip(group, formats, strict=True):
         if not isinstance(fmt, IntegerFormat):
