@@ -18,8 +18,8 @@ from fewbit.formats import _scale_search as scales
 TURNS = 4
 # shares of the range to try as scale, for groups with a minimum and 16 codes; with more codes clipping pays less
 SHARES = (1.04, 1.0, 0.96, 0.92, 0.88, 0.84, 0.79, 0.73)
-# sizes of a symmetric scale to try, by bits: with more codes fewer lie between the textbook's and one that clips too much
-SIZES = {4: 22, 5: 12, 6: 8, 8: 4}
+# sizes of a symmetric scale to try, by bits: more codes leave fewer between the textbook and one that clips too much
+SIZES = {4: 22, 5: 12, 6: 8, 8: 6}
 HALF = torch.float16
 
 
