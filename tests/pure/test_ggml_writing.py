@@ -92,7 +92,7 @@ def test_what_is_weighed_more_comes_out_nearer(name: str) -> None:
         large = w.abs() > w.abs().median()
         weighed = error(fmt, written(fmt, w, 1 + 8 * large), w, large)
         ratios.append(weighed / error(fmt, written(fmt, w), w, large))
-    # measured: 0.86 to 0.99 on average
+    # measured: 0.78 to 0.98 on average
     assert sum(ratios) / len(ratios) < 0.997, ratios
 
 
