@@ -2,16 +2,9 @@
 
     python benchmarks/verify_exports.py MODEL [--python VENV/bin/python ...] [--only gguf gptq ...] [--work DIR]
 
-<<<<<<< HEAD
 MODEL is an alias or a path, best in full precision. Exported are GGUF files of every type, and folders of
 compressed-tensors, GPTQ and AWQ of one rounded to nearest, each verified in every engine found. `make verify`
 makes the environments. The marks: no engine that is there disagrees, and each layout was run by one at least.
-=======
-MODEL is an alias or a path, best in full precision. Exported are GGUF files of every type, folders of
-compressed-tensors, GPTQ and AWQ (rounded to nearest, and from a quantized folder without loss), each verified in every
-engine found. `make verify` makes the environments. The mark: no engine that is there disagrees, and each layout was
-run by one at least.
->>>>>>> integ
 """
 
 from __future__ import annotations

@@ -83,9 +83,17 @@ def test_errors_are_below_those_of_ggufs_own_rounding(name: str, kind: str) -> N
     weights = rtn.magnitude(w)
     ours = error(fmt, written(fmt, w, weights), w, weights)
     assert ours < 0.995 * error(fmt, theirs, w, weights)
-    # what is weighed more comes out nearer
-    large = w.abs() > w.abs().median()
-    assert error(fmt, written(fmt, w, 1 + 8 * large), w, large) < error(fmt, written(fmt, w), w, large)
+
+
+@pytest.mark.parametrize("name", PLAIN + LARGE)
+def test_what_is_weighed_more_comes_out_nearer(name: str) -> None:
+    fmt, ratios = parse(f"gguf:{name}"), []
+    for w in matrices().values():
+        large = w.abs() > w.abs().median()
+        weighed = error(fmt, written(fmt, w, 1 + 8 * large), w, large)
+        ratios.append(weighed / error(fmt, written(fmt, w), w, large))
+    # measured: 0.78 to 0.98 on average
+    assert sum(ratios) / len(ratios) < 0.997, ratios
 
 
 @pytest.mark.parametrize("name", LARGE)

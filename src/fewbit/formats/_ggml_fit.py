@@ -18,12 +18,14 @@ from fewbit.formats import _scale_search as scales
 TURNS = 4
 # shares of the range to try as scale, for groups with a minimum and 16 codes; with more codes clipping pays less
 SHARES = (1.04, 1.0, 0.96, 0.92, 0.88, 0.84, 0.79, 0.73)
+# sizes of a symmetric scale to try, by bits: more codes leave fewer between the textbook and one that clips too much
+SIZES = {4: 22, 5: 12, 6: 8, 8: 6}
 HALF = torch.float16
 
 
 def symmetric(g: Tensor, h: Tensor | None, bits: int) -> Params:
     """w = scale * (code - 2^(bits-1)): the signed scale f16 [n] of each block."""
-    return {"scale": scales.search_symmetric(g, h, bits, HALF).to(HALF)}
+    return {"scale": scales.search_symmetric(g, h, bits, HALF, SIZES[bits]).to(HALF)}
 
 
 def plain_symmetric(g: Tensor, bits: int) -> Params:
@@ -198,7 +200,7 @@ def two_level_symmetric(g: Tensor, h: Tensor | None, search: bool = True) -> Par
     groups = g.reshape(-1, 16)
     weights = None if h is None else h.reshape(-1, 16)
     if search:
-        ideal = scales.search_symmetric(groups, weights, 6, torch.float32)
+        ideal = scales.search_symmetric(groups, weights, 6, torch.float32, SIZES[6])
     else:
         ideal = plain_symmetric(groups, 6)["scale"].float()
     # a group of zeros wants no scale

@@ -17,14 +17,14 @@ CANDIDATES = 22
 REFINEMENTS = 3
 
 
-def fractions(bits: int) -> list[float]:
+def fractions(bits: int, count: int = CANDIDATES) -> list[float]:
     """Fractions of absmax / 2^(bits-1) to try as scale: from the textbook's absmax / (2^(bits-1) - 1) down.
 
     The fewer codes there are, the more clipping can pay.
     """
     half = 2 ** (bits - 1)
     low, high = max(0.15, 1 - 2.8 / half), half / (half - 1)
-    return [high - (high - low) * i / (CANDIDATES - 1) for i in range(CANDIDATES)]
+    return [high - (high - low) * i / (count - 1) for i in range(count)]
 
 
 def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,11 +77,11 @@ class _Best:
         self.ideal = torch.where(better, cross / square.clamp(min=1e-30), self.ideal)
 
 
-def search_symmetric(g: Tensor, h: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
-    """Signed scale of least weighted squared error for codes -2^(bits-1) .. 2^(bits-1) - 1."""
+def search_symmetric(g: Tensor, h: Tensor | None, bits: int, dtype: torch.dtype, count: int = CANDIDATES) -> Tensor:
+    """Signed scale of least weighted squared error for codes -2^(bits-1) .. 2^(bits-1) - 1; `count` sizes are tried."""
     best, half = _Best(g, h, bits, dtype), 2 ** (bits - 1)
     extreme = g.gather(1, g.abs().argmax(1, keepdim=True)).squeeze(1)
-    for fraction in fractions(bits):
+    for fraction in fractions(bits, count):
         for sign in (-1.0, 1.0):
             best.offer(extreme * (sign * fraction / half), half)
     for _ in range(REFINEMENTS):
