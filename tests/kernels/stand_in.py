@@ -18,7 +18,8 @@ def compiled(folder: Path, defines: dict[str, object]) -> ctypes.CDLL:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("there is no C++ compiler")
-    flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-pthread", "-w", *(f"-D{k}={v}" for k, v in defines.items())]
+    flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-pthread", "-w", f"-I{Path(__file__).parent}"]
+    flags += [f"-D{k}={v}" for k, v in defines.items()]
     done = subprocess.run(
         [compiler, *flags, str(folder / "run.cpp"), "-o", str(folder / "run.so")],
         capture_output=True,

@@ -28,7 +28,7 @@ extern "C" bool run(Weights weights, const u16* x, Output output, PARAMETERS int
     strayed = false;
     for (int at = 0; at < wide * high * deep; ++at) {
         memset(poisoned, 0xFF, sizeof poisoned);
-        Block block(WARPS);
+        Block block(32 * WARPS);
         block_now = &block;
         std::vector<std::thread> threads;
         for (int t = 0; t < 32 * WARPS; ++t)
